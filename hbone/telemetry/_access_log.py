@@ -1,0 +1,388 @@
+"""The access log: one line a connection, in the form that Istio's tools already read.
+
+A line is a fact about a connection that has ended, so it is written once, from plain values, by `format_plain` or
+`format_json`; both are pure. Text that a peer chose (host names, error texts) is escaped, so a peer can end neither a
+field nor a line.
+
+Theory of operation of `AccessLog`: `write` only appends to a list. The first line of a burst starts a short-lived
+system task which waits for `flush_interval` and then hands all lines to one ``write(2)`` in a worker thread, again
+until no lines are left; an idle log has no task. While the reader of a pipe is slow that thread waits, not the event
+loop. Lines that would make the buffer larger than `max_buffer` are dropped and counted: the next line that gets
+through is preceded by a warning with their number, and `dropped` has the sum.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import stat
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from json.encoder import encode_basestring_ascii
+from typing import TYPE_CHECKING, BinaryIO
+
+import trio
+
+if TYPE_CHECKING:
+    from hbone.address import Authority, Endpoint
+    from hbone.identity import SpiffeIdentity
+
+__all__ = ["AccessLog", "AccessRecord", "Direction", "LogFormat", "format_json", "format_plain"]
+
+_MAX_TEXT = 1024
+_NO_STEP = 1 << 30
+_POLL_MS = 100
+
+_plain_text = re.compile(r"[ !#-\[\]-~]*").fullmatch
+_bare_text = re.compile(r"[!#-<>-\[\]-~]+").fullmatch
+_delete = re.compile("\x7f")
+
+
+class Direction(Enum):
+    """Which of our proxies the connection went through."""
+
+    OUTBOUND = "outbound"
+    INBOUND = "inbound"
+
+
+class LogFormat(Enum):
+    """How a line is written."""
+
+    PLAIN = "plain"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessRecord:
+    """What is known of one connection at its end. Unknown fields are None and are left out of the line.
+
+    Attributes:
+        direction: outbound or inbound.
+        src_addr: who connected to the proxy.
+        src_identity: the source's identity, only when proven by mutual TLS.
+        dst_addr: where the proxy itself connected to or was reached (outbound: the next hop; inbound: our own address).
+        dst_hbone_addr: the authority of the CONNECT.
+        dst_identity: the destination's identity, only when proven by mutual TLS.
+        bytes_sent: outbound: from the application into the tunnel; inbound: from the application into the tunnel
+            too, that is the response. None when the connection ended before there was anything to count.
+        bytes_recv: the other way.
+        duration: seconds.
+        error: in words; None for a connection that went well.
+        status: the HTTP status of a refusal.
+        flag: Istio's response flag (``DENY``, ``CONNECT``, ...), or None.
+    """
+
+    direction: Direction
+    src_addr: Endpoint | None = None
+    src_identity: SpiffeIdentity | None = None
+    dst_addr: Endpoint | Authority | None = None
+    dst_hbone_addr: Authority | str | None = None
+    dst_identity: SpiffeIdentity | None = None
+    bytes_sent: int | None = None
+    bytes_recv: int | None = None
+    duration: float | None = None
+    error: str | None = None
+    status: int | None = None
+    flag: str | None = None
+
+    @property
+    def level(self) -> str:
+        """``info`` for success, ``error`` for a failure, ``warn`` for one before the connection was routed."""
+        if self.error is None:
+            return "info"
+        return "warn" if self.bytes_sent is None and self.bytes_recv is None else "error"
+
+    @property
+    def message(self) -> str:
+        """``connection complete``, or ``connection failed`` for one that failed before it was routed."""
+        return "connection failed" if self.level == "warn" else "connection complete"
+
+
+def _quote(text: str) -> str:
+    """A double-quoted string, printable ASCII only, whatever is in it; cut at 1024 characters."""
+    if len(text) > _MAX_TEXT:
+        text = text[:_MAX_TEXT] + "..."
+    if _plain_text(text):
+        return f'"{text}"'
+    return _delete.sub(r"\\u007f", encode_basestring_ascii(text))
+
+
+def _bare(value: object) -> str:
+    """An address without quotes; with them if it is not the plain word that it should be."""
+    text = str(value)
+    return text if len(text) <= _MAX_TEXT and _bare_text(text) else _quote(text)
+
+
+_second = -1
+_second_text = ""
+
+
+def _timestamp(now: float) -> str:
+    """RFC 3339 in UTC with microseconds; only the first line of each second pays for the calendar."""
+    global _second, _second_text
+    micros = round(now * 1_000_000)
+    second = micros // 1_000_000
+    if second != _second:
+        _second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        _second = second
+    return f"{_second_text}.{micros - second * 1_000_000:06d}Z"
+
+
+def format_plain(record: AccessRecord, now: float) -> str:
+    """The line in Istio's text format: time, level, scope and message, then ``k=v`` pairs; no line end.
+
+    Args:
+        record: the facts.
+        now: seconds since the epoch.
+    """
+    text = f"{_timestamp(now)}\t{record.level}\taccess\t{record.message}\t"
+    if record.src_addr is not None:
+        text += f"src.addr={_bare(record.src_addr)} "
+    if record.src_identity is not None:
+        text += f"src.identity={_quote(str(record.src_identity))} "
+    if record.dst_addr is not None:
+        text += f"dst.addr={_bare(record.dst_addr)} "
+    if record.dst_hbone_addr is not None:
+        text += f"dst.hbone_addr={_bare(record.dst_hbone_addr)} "
+    if record.dst_identity is not None:
+        text += f"dst.identity={_quote(str(record.dst_identity))} "
+    text += f'direction="{record.direction._value_}"'
+    if record.bytes_sent is not None:
+        text += f" bytes_sent={record.bytes_sent:d}"
+    if record.bytes_recv is not None:
+        text += f" bytes_recv={record.bytes_recv:d}"
+    if record.duration is not None:
+        text += f' duration="{int(record.duration * 1000)}ms"'
+    if record.error is not None:
+        text += f" error={_quote(record.error)}"
+    if record.status is not None:
+        text += f" status={record.status:d}"
+    if record.flag is not None:
+        text += f" flag={_quote(record.flag)}"
+    return text
+
+
+def format_json(record: AccessRecord, now: float) -> str:
+    """The line as one flat JSON object with the same names (``"src.addr"``); no line end.
+
+    Args:
+        record: the facts.
+        now: seconds since the epoch.
+    """
+    text = f'{{"level":"{record.level}","time":"{_timestamp(now)}","scope":"access","message":"{record.message}"'
+    if record.src_addr is not None:
+        text += f',"src.addr":{_quote(str(record.src_addr))}'
+    if record.src_identity is not None:
+        text += f',"src.identity":{_quote(str(record.src_identity))}'
+    if record.dst_addr is not None:
+        text += f',"dst.addr":{_quote(str(record.dst_addr))}'
+    if record.dst_hbone_addr is not None:
+        text += f',"dst.hbone_addr":{_quote(str(record.dst_hbone_addr))}'
+    if record.dst_identity is not None:
+        text += f',"dst.identity":{_quote(str(record.dst_identity))}'
+    text += f',"direction":"{record.direction._value_}"'
+    if record.bytes_sent is not None:
+        text += f',"bytes_sent":{record.bytes_sent:d}'
+    if record.bytes_recv is not None:
+        text += f',"bytes_recv":{record.bytes_recv:d}'
+    if record.duration is not None:
+        text += f',"duration":"{int(record.duration * 1000)}ms"'
+    if record.error is not None:
+        text += f',"error":{_quote(record.error)}'
+    if record.status is not None:
+        text += f',"status":{record.status:d}'
+    if record.flag is not None:
+        text += f',"flag":{_quote(record.flag)}'
+    return text + "}"
+
+
+def _dropped_line(log_format: LogFormat, count: int, now: float) -> str:
+    if log_format is LogFormat.JSON:
+        head = f'{{"level":"warn","time":"{_timestamp(now)}","scope":"access"'
+        return f'{head},"message":"lines dropped: the reader of this log is too slow","count":{count}}}'
+    return f"{_timestamp(now)}\twarn\taccess\tlines dropped: the reader of this log is too slow\tcount={count}"
+
+
+class _Sink:
+    """Writes bytes where they belong, in whatever thread it is called; one caller at a time, in order.
+
+    A file with a descriptor is written with ``os.write``: a worker thread that is stuck in a `BufferedWriter` would
+    hold its lock at the end of the process and make the interpreter abort. What is not a regular file is asked before
+    each write and gets no more than it takes without blocking (``PIPE_BUF``), so that a deadline can end the wait.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._deadline = float("inf")
+        try:
+            self.fd = stream.fileno()
+        except (OSError, AttributeError, ValueError):
+            self.fd = -1
+            return
+        stream.flush()
+        self._step = _NO_STEP if stat.S_ISREG(os.fstat(self.fd).st_mode) else select.PIPE_BUF
+
+    def stop_within(self, seconds: float) -> None:
+        """From now on a reader who does not read is waited for no longer than this."""
+        self._deadline = time.monotonic() + seconds
+
+    def write(self, data: bytes) -> bool:
+        """Writes all of it; False if nobody reads any more, not in time, or the disk is full."""
+        with self._lock:
+            if self.fd < 0:
+                self._stream.write(data)
+                return True
+            poller = select.poll()
+            poller.register(self.fd, select.POLLOUT)
+            view = memoryview(data)
+            try:
+                while view:
+                    if poller.poll(_POLL_MS):
+                        with suppress(BlockingIOError):  # made non-blocking by somebody else, and full after all
+                            view = view[os.write(self.fd, view[: self._step]) :]
+                    elif time.monotonic() > self._deadline:
+                        return False
+            except OSError:
+                return False
+            return True
+
+
+class AccessLog:
+    """Writes access records to a stream without ever holding up the event loop.
+
+    Use it as ``async with AccessLog(sys.stdout.buffer) as log`` *around* whatever writes to it, so that the last lines
+    of a shutdown are in it, or call `aclose`. `write` needs a running trio; one log belongs to one `trio.run`.
+
+    Policy when the reader is slower than the log: up to `max_buffer` characters wait, further lines are dropped and
+    counted.
+
+    Args:
+        stream: a binary stream, best one with a file descriptor. It is not closed.
+        log_format: plain or JSON.
+        flush_interval: seconds for which lines are gathered into one write.
+        max_buffer: bound of what waits, in characters (lines are ASCII, so also in bytes).
+        close_timeout: seconds that `aclose` waits for a slow reader.
+    """
+
+    def __init__(
+        self,
+        stream: BinaryIO,
+        log_format: LogFormat = LogFormat.PLAIN,
+        *,
+        flush_interval: float = 0.1,
+        max_buffer: int = 4 * 1024 * 1024,
+        close_timeout: float = 2.0,
+    ) -> None:
+        self._sink = _Sink(stream)
+        self._log_format = log_format
+        self._format = format_json if log_format is LogFormat.JSON else format_plain
+        self._flush_interval = flush_interval
+        self._max_buffer = max_buffer
+        self._close_timeout = close_timeout
+        self._lines: list[str] = []
+        self._size = 0
+        self._dropped = 0
+        self._dropped_unsaid = 0
+        self._written = 0
+        self._flushing = False
+        self._closed = False
+        self._limiter: trio.CapacityLimiter | None = None
+
+    @property
+    def dropped(self) -> int:
+        """How many lines were lost: to a reader that was too slow, or to an output that failed."""
+        return self._dropped
+
+    @property
+    def written(self) -> int:
+        """How many lines have left for the output."""
+        return self._written
+
+    def write(self, record: AccessRecord) -> None:
+        """Takes one record. Never waits, never raises for what the output does."""
+        now = time.time()
+        line = self._format(record, now)
+        size = len(line) + 1
+        if self._size + size > self._max_buffer:
+            self._dropped += 1
+            self._dropped_unsaid += 1
+            return
+        if self._dropped_unsaid:
+            notice = _dropped_line(self._log_format, self._dropped_unsaid, now)
+            self._dropped_unsaid = 0
+            self._lines.append(notice)
+            self._size += len(notice) + 1
+        self._lines.append(line)
+        self._size += size
+        if self._closed:
+            self.flush_now()
+        elif not self._flushing:
+            self._flushing = True
+            trio.lowlevel.spawn_system_task(self._flush_while_busy, name="hbone access log")
+
+    def flush_now(self) -> None:
+        """Writes what waits, from here, and may block: for the way out of a process that does not stop in order."""
+        data, count = self._take()
+        self._account(count, self._sink.write(data))
+
+    async def aclose(self) -> None:
+        """Writes what waits, within `close_timeout` seconds also when cancelled; later lines are written at once."""
+        self._closed = True
+        self._sink.stop_within(self._close_timeout)
+        data, count = self._take()
+        # The sink keeps the time; the second more is for what hangs in spite of poll, such as a stopped terminal.
+        with trio.move_on_after(self._close_timeout + 1, shield=True):
+            await self._write_in_thread(data, count)
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def __aenter__(self) -> AccessLog:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.aclose()
+
+    def _take(self) -> tuple[bytes, int]:
+        if not self._lines:
+            return b"", 0
+        count = len(self._lines)
+        self._lines.append("")
+        data = "\n".join(self._lines).encode("ascii")
+        self._lines = []
+        self._size = 0
+        return data, count
+
+    def _account(self, count: int, arrived: bool) -> None:
+        if arrived:
+            self._written += count
+        else:
+            self._dropped += count
+
+    async def _write_in_thread(self, data: bytes, count: int) -> None:
+        """Also without data, to wait for a write under way."""
+        arrived = False
+        try:
+            if self._sink.fd < 0:
+                arrived = self._sink.write(data)
+            else:
+                if self._limiter is None:
+                    self._limiter = trio.CapacityLimiter(2)  # the closing write queues behind one under way
+                arrived = await trio.to_thread.run_sync(
+                    self._sink.write, data, abandon_on_cancel=True, limiter=self._limiter
+                )
+        finally:
+            self._account(count, arrived)
+
+    async def _flush_while_busy(self) -> None:
+        try:
+            while not self._closed:
+                await trio.sleep(self._flush_interval)
+                if not self._lines:
+                    return
+                await self._write_in_thread(*self._take())
+        finally:
+            self._flushing = False
