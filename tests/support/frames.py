@@ -254,7 +254,7 @@ class Frame:
 
     @property
     def settings(self) -> dict[int, int]:
-        return {key: value for key, value in struct.iter_unpack(">HI", self.payload)}
+        return dict(struct.iter_unpack(">HI", self.payload))
 
     @property
     def status(self) -> int | None:
@@ -313,7 +313,8 @@ class Parser:
                 payload = payload[5:]
             self._pending = (got, bytearray(payload))
         elif got.kind == Kind.CONTINUATION:
-            assert self._pending is not None and self._pending[0].stream == got.stream, "CONTINUATION out of place"
+            assert self._pending is not None, "CONTINUATION without HEADERS"
+            assert self._pending[0].stream == got.stream, "CONTINUATION of another stream"
             self._pending[1].extend(got.payload)
         else:
             return got

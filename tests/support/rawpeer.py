@@ -261,7 +261,7 @@ class RawPeer:
         self.wait_for(Kind.PING, where=lambda f: f.ack and f.payload == payload, timeout=timeout)
 
     def wait_end(self, timeout: float = WAIT) -> str:
-        """Reads until the other side ends the connection; ``eof`` (bare FIN), ``close_notify``, ``alert`` or ``reset``."""
+        """Reads until the other side ends it: ``eof`` (bare FIN), ``close_notify``, ``alert``, ``reset``."""
         deadline = time.monotonic() + timeout
         while self.ended is None:
             try:

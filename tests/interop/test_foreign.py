@@ -1,0 +1,143 @@
+"""Foreign peers among themselves: what they do right and wrong without us in the path.
+
+This is the ground that the other interop tests stand on, and it pins the faults that docs/design/foreign-peers.md
+lists: when a new release of a peer mends one, the test here fails and the page gets shorter.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from support import frames
+from support.apps import dial, exchange
+from support.backends import Backend, echo, ends_first, generate, http_app, pattern, pattern_sha, refused_port, sink
+from support.certs import CLIENT, SERVER
+from support.foreign import Curl, Envoy, NodePeer, Process
+from support.frames import Kind
+from support.rawpeer import RawPeer
+
+MIB = 1 << 20
+
+
+def test_envoy_to_envoy_carries_both_ways_with_half_close(pki, tmp_path):
+    with (
+        Backend(echo) as app,
+        Envoy.terminator(tmp_path, pki.server) as far,
+        Envoy.originator(
+            tmp_path, pki.client, hbone_port=far.port("hbone"), expect=SERVER, targets=[app.target]
+        ) as near,
+        dial(near.port(app.target)) as sock,
+    ):
+        outcome = exchange(sock, 8 * MIB)
+        assert (outcome.received, outcome.sha, outcome.end) == (8 * MIB, pattern_sha(8 * MIB), "eof")
+        assert CLIENT in far.wait_log("TERM")
+
+
+def test_envoy_cuts_a_download_when_the_backend_ends_first(pki, tmp_path):
+    # envoyproxy/envoy pull request 47378. Through two Envoys, so nobody but Envoy is to blame.
+    size = 32 * MIB
+    with (
+        Backend(ends_first(size)) as app,
+        Envoy.terminator(tmp_path, pki.server) as far,
+        Envoy.originator(
+            tmp_path, pki.client, hbone_port=far.port("hbone"), expect=SERVER, targets=[app.target]
+        ) as near,
+        dial(near.port(app.target)) as sock,
+    ):
+        outcome = exchange(sock, 0, half_close=False)
+        assert outcome.received < size
+
+
+def test_node_to_envoy(pki, tmp_path):
+    with (
+        Backend(echo) as app,
+        Envoy.terminator(tmp_path, pki.server) as far,
+        NodePeer.client(tmp_path, pki.client, far.port("hbone"), expect=SERVER) as node,
+    ):
+        upload = tmp_path / "upload"
+        upload.write_bytes(b"".join(pattern(4 * MIB)))
+        node.wait("connected")
+        node.tell("tunnel", id=1, target=app.target, upload=str(upload), half_close=True)
+        assert node.wait("response", id=1)["status"] == 200
+        end = node.wait("end", id=1)
+        assert (end["size"], end["sha"]) == (4 * MIB, pattern_sha(4 * MIB))
+        assert node.wait("stream-closed", id=1)["code"] == 0
+
+
+def test_node_to_node(pki, tmp_path):
+    with (
+        Backend(echo) as app,
+        NodePeer.server(tmp_path, pki.server, allow=[CLIENT]) as far,
+        NodePeer.client(tmp_path, pki.client, far.port, expect=SERVER) as node,
+        NodePeer.client(tmp_path, pki.other, far.port, expect=SERVER) as other,
+    ):
+        node.tell("tunnel", id=1, target=app.target, half_close=True)
+        assert node.wait("end", id=1)["size"] == 0
+        other.tell("tunnel", id=1, target=app.target, half_close=True)
+        assert other.wait("response", id=1)["status"] == 401
+
+
+def test_envoy_to_node_refuses_what_node_cannot_reach(pki, tmp_path):
+    with (
+        refused_port() as port,
+        NodePeer.server(tmp_path, pki.server) as far,
+        Envoy.originator(
+            tmp_path, pki.client, hbone_port=far.port, expect=SERVER, targets=[f"127.0.0.1:{port}"]
+        ) as near,
+        dial(near.port(f"127.0.0.1:{port}")) as sock,
+    ):
+        assert exchange(sock, 10).end == "reset"
+        assert far.wait("upstream-error")["error"] == "ECONNREFUSED"
+
+
+def test_curl_to_envoy(pki, tmp_path):
+    size = 8 * MIB
+    with (
+        Backend(http_app) as app,
+        Envoy.terminator(tmp_path, pki.server) as far,
+        Curl(pki.client, far.port("hbone")) as curl,
+    ):
+        status, body = curl.get(f"http://{app.target}/{size}")
+        assert (curl.connect_status, status, body) == (200, 200, b"".join(pattern(size)))
+        assert curl.put(f"http://{app.target}/", pattern(size), size) == (200, pattern_sha(size).encode())
+
+
+def test_envoy_says_goaway_and_finishes_its_tunnels(pki, tmp_path):
+    with (
+        Backend(echo) as app,
+        Envoy.terminator(tmp_path, pki.server, requests_before_goaway=2) as far,
+        RawPeer.dial(far.port("hbone"), pki.client) as peer,
+    ):
+        peer.open()
+        assert peer.tunnel(1, app.target) == 200
+        assert peer.tunnel(3, app.target) == 200
+        final = peer.wait_for(Kind.GOAWAY, where=lambda got: got.last_stream < 1000)
+        assert (final.last_stream, final.code) == (3, 0)
+        peer.send(frames.data(1, b"still here", end=True))
+        assert peer.take_data(1) == b"still here"
+
+
+@pytest.mark.parametrize("habit", ["generate", "sink"])
+def test_envoy_terminator_moves_bulk_when_the_client_ends_first(pki, tmp_path, habit):
+    size = 16 * MIB
+    with (
+        Backend(generate(size) if habit == "generate" else sink) as app,
+        Envoy.terminator(tmp_path, pki.server) as far,
+        Envoy.originator(
+            tmp_path, pki.client, hbone_port=far.port("hbone"), expect=SERVER, targets=[app.target]
+        ) as near,
+        dial(near.port(app.target)) as sock,
+    ):
+        outcome = exchange(sock, 0 if habit == "generate" else size)
+        if habit == "generate":
+            assert outcome.sha == pattern_sha(size)
+        else:
+            assert outcome.head == pattern_sha(size).encode()
+
+
+def test_a_stubborn_process_is_killed(tmp_path):
+    script = "trap '' TERM; echo up; while :; do sleep 1; done"
+    with Process(["bash", "-c", script], tmp_path / "stubborn.log", stdout=subprocess.PIPE) as process:
+        process.popen.stdout.readline()
+        assert process.stop(timeout=0.2) == -9
