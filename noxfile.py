@@ -99,7 +99,7 @@ def typing(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation with every warning an error; the result is docs/_build/html/index.html."""
     install(session, "docs")
-    session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "docs", "docs/_build/html", *session.posargs, env=ENV)
+    session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "-q", "docs", "docs/_build/html", *session.posargs)
 
 
 @nox.session
