@@ -1,0 +1,17 @@
+"""Hypothesis profiles: the default finds the same examples in every run; ``fuzz`` looks for new ones."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+# Deadlines measure the machine, not the code.
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=20_000,
+    stateful_step_count=100,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.load_profile("default")
