@@ -116,6 +116,24 @@ def test_bulk_both_ways_at_once_does_not_lock_up():
         assert totals == {"client": 8 << 20, "server": 8 << 20}
 
 
+def test_an_upload_keeps_within_the_other_sides_windows():
+    listener, client, server = both()
+    with listener, client, server:
+        parallel(client.open, lambda: server.open({Setting.INITIAL_WINDOW_SIZE: 50_000}, connection_window=90_000))
+        size = 1 << 20
+        sent, got = parallel(lambda: client.upload(1, [bytes(size)], pad=7), lambda: server.take_data(1))
+        assert (sent, len(got)) == (size, size)
+        server.give_credit = False
+        filled, _ = parallel(lambda: (client.fill_window(3), client.fence(b"the end!")), lambda: until_end(server))
+        assert filled[0] == 50_000
+        assert client.stream_credit(3) == 0
+
+
+def until_end(server):
+    server.wait_for(Kind.PING, where=lambda got: got.payload == b"the end!")
+    server.send(b"")
+
+
 @pytest.mark.parametrize(
     ("end", "how"),
     [("reset", "reset"), ("fin", "eof"), ("close_notify", "close_notify")],

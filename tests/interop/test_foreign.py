@@ -35,18 +35,22 @@ def test_envoy_to_envoy_carries_both_ways_with_half_close(pki, tmp_path):
 
 
 def test_envoy_cuts_a_download_when_the_backend_ends_first(pki, tmp_path):
-    # envoyproxy/envoy pull request 47378. Through two Envoys, so nobody but Envoy is to blame.
-    size = 32 * MIB
+    # envoyproxy/envoy pull request 47378. Through two Envoys, so nobody but Envoy is to blame. How much is lost is a
+    # race; now and then it is nothing but the clean end.
+    size = 16 * MIB
     with (
         Backend(ends_first(size)) as app,
         Envoy.terminator(tmp_path, pki.server) as far,
         Envoy.originator(
             tmp_path, pki.client, hbone_port=far.port("hbone"), expect=SERVER, targets=[app.target]
         ) as near,
-        dial(near.port(app.target)) as sock,
     ):
-        outcome = exchange(sock, 0, half_close=False)
-        assert outcome.received < size
+        ends = []
+        for _ in range(8):
+            with dial(near.port(app.target)) as sock:
+                outcome = exchange(sock, 0, half_close=False)
+                ends.append((outcome.received, outcome.end))
+        assert ends != [(size, "eof")] * 8
 
 
 def test_node_to_envoy(pki, tmp_path):

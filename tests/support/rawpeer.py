@@ -27,7 +27,7 @@ from support import frames
 from support.frames import Frame, Kind, Parser, Setting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from support.certs import Leaf
 
@@ -66,6 +66,9 @@ class RawPeer:
         self.on_data: Callable[[Frame], None] | None = None
         self.reading = True
         """Whether sending may read meanwhile; off for the peer that never reads."""
+        self.credit: dict[int, int] = {0: 65_535}
+        """What the other side's windows let us send, by stream; 0 is the connection. Told, never obeyed by `send`."""
+        self._initial_credit = 65_535
         self._parser = Parser(preface=server)
         self._in = ssl.MemoryBIO()
         self._out = ssl.MemoryBIO()
@@ -255,6 +258,61 @@ class RawPeer:
                 break
         return bytes(out)
 
+    def upload(
+        self,
+        stream: int,
+        pieces: Iterable[bytes | memoryview],
+        *,
+        end: bool = True,
+        frame_size: int = 16_384,
+        pad: int | None = None,
+        timeout: float = 30,
+    ) -> int:
+        """Sends DATA within the other side's windows; returns how many bytes. Raises `TimeoutError` when starved."""
+        deadline = time.monotonic() + timeout
+        extra = 0 if pad is None else pad + 1
+        sent = 0
+        for piece in pieces:
+            at = 0
+            while at < len(piece):
+                room = min(frame_size, self.stream_credit(stream) - extra, self.credit[0] - extra)
+                if room <= 0:
+                    self._fill(deadline, f"credit on stream {stream}")
+                    continue
+                part = bytes(piece[at : at + room])
+                self._spend(stream, len(part) + extra)
+                self.send(frames.data(stream, part, pad=pad), timeout=max(deadline - time.monotonic(), 0.01))
+                at += len(part)
+                sent += len(part)
+        if end:
+            self.send(frames.data(stream, end=True))
+        return sent
+
+    def fill_window(self, stream: int, *, most: int = 1 << 26) -> int:
+        """Uploads until the other side gives no more credit for the stream; returns how many bytes."""
+        sent = idle = 0
+        while sent < most and idle < 3:
+            room = min(16_384, self.stream_credit(stream), self.credit[0])
+            if room <= 0:
+                self.fence()
+                with contextlib.suppress(TimeoutError):
+                    self._fill(time.monotonic() + 0.05, "credit")
+                idle += self.stream_credit(stream) <= 0 or self.credit[0] <= 0
+                continue
+            idle = 0
+            self._spend(stream, room)
+            self.send(frames.data(stream, bytes(room)))
+            sent += room
+        return sent
+
+    def stream_credit(self, stream: int) -> int:
+        """What the other side's window of a stream lets us send."""
+        return self.credit.setdefault(stream, self._initial_credit)
+
+    def _spend(self, stream: int, size: int) -> None:
+        self.credit[stream] = self.stream_credit(stream) - size
+        self.credit[0] -= size
+
     def fence(self, payload: bytes = b"\0fence\0\0", *, timeout: float = WAIT) -> None:
         """PING and its answer: whatever was sent before has been processed by the other side."""
         self.send(frames.ping(payload))
@@ -345,8 +403,15 @@ class RawPeer:
                         self._auto += frames.window_update(got.stream, len(got.payload))
                 if not self.keep_data:
                     continue
-            elif got.kind == Kind.SETTINGS and not got.ack and self.ack_settings:
-                self._auto += frames.settings(ack=True)
+            elif got.kind == Kind.WINDOW_UPDATE:
+                self.credit[got.stream] = self.stream_credit(got.stream) + got.increment
+            elif got.kind == Kind.SETTINGS and not got.ack:
+                initial = got.settings.get(Setting.INITIAL_WINDOW_SIZE, self._initial_credit)
+                for stream in self.credit:
+                    self.credit[stream] += (initial - self._initial_credit) if stream else 0
+                self._initial_credit = initial
+                if self.ack_settings:
+                    self._auto += frames.settings(ack=True)
             elif got.kind == Kind.PING and not got.ack and self.ack_pings:
                 self._auto += frames.ping(got.payload, ack=True)
             self.log.append(got)
