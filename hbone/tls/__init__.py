@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from hbone.tls._contexts import PeerTls, client_connection, peer_facts, server_connection, verification_error
 from hbone.tls._explain import explain_tls_error, received_alert
+from hbone.tls._pem import PrivateKey
 from hbone.tls._policy import PeerPolicy
 from hbone.tls._rules import check_svid_chain
-from hbone.tls._svid import PrivateKey, Svid, SvidSource
+from hbone.tls._svid import Svid, SvidSource
 
 __all__ = [
     # who we are

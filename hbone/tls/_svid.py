@@ -6,38 +6,34 @@ named. Each fault is an `InvalidCertificate` of one line: which file, what is wr
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
-from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from hbone.errors import InvalidCertificate
-from hbone.identity import SpiffeIdentity, TrustDomain
+from hbone.identity import TrustDomain
+from hbone.tls._pem import Pem
 from hbone.tls._rules import check_authority, check_svid_chain, is_issued_by, is_self_signed
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["PrivateKey", "Svid", "SvidSource"]
+    from cryptography import x509
 
-PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+    from hbone.identity import SpiffeIdentity
+    from hbone.tls._pem import PrivateKey
+
+__all__ = ["Svid", "SvidSource"]
 
 MAX_CHAIN = 10
 """Most certificates in a chain; the handshake allows no more either."""
 
-_MIN_RSA_BITS = 2048
-# The curves that TLS 1.3 has signature schemes for (RFC 8446 section 4.2.3).
-_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _WEAK_HASHES = ("md5", "sha1")
-_KEY_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY-----.*?-----END \1PRIVATE KEY-----", re.DOTALL)
 
 
 class SvidSource(Protocol):
@@ -96,10 +92,10 @@ class Svid:
             InvalidCertificate: a file is missing or of no use.
         """
         return _load(
-            _Pem.read(cert),
-            _Pem.read(key),
-            _Pem.read(roots),
-            {domain: _Pem.read(path) for domain, path in (federated or {}).items()},
+            Pem.read(cert),
+            Pem.read(key),
+            Pem.read(roots),
+            {domain: Pem.read(path) for domain, path in (federated or {}).items()},
             now,
         )
 
@@ -119,10 +115,10 @@ class Svid:
             InvalidCertificate: something in them is of no use.
         """
         return _load(
-            _Pem("certificate", cert),
-            _Pem("private key", key),
-            _Pem("roots", roots),
-            {domain: _Pem(f"roots of {domain}", text) for domain, text in (federated or {}).items()},
+            Pem("certificate", cert),
+            Pem("private key", key),
+            Pem("roots", roots),
+            {domain: Pem(f"roots of {domain}", text) for domain, text in (federated or {}).items()},
             now,
         )
 
@@ -144,64 +140,7 @@ class Svid:
         return f"<Svid {self.identity} until {self.not_after:%Y-%m-%dT%H:%M:%SZ}>"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class _Pem:
-    """A PEM text and the name that faults in it are reported under."""
-
-    name: str
-    text: bytes
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> _Pem:
-        try:
-            return cls(str(path), Path(path).read_bytes())
-        except OSError as problem:
-            why = problem.strerror or type(problem).__name__
-            raise InvalidCertificate(f"{path}: cannot be read: {why}; check the path and its permissions") from None
-
-    def refuse(self, fault: object) -> NoReturn:
-        raise InvalidCertificate(f"{self.name}: {fault}") from None
-
-    def certificates(self) -> list[x509.Certificate]:
-        if b"-----BEGIN" not in self.text:
-            if self.text.startswith(b"\x30"):
-                self.refuse("is DER, not PEM; convert it with: openssl x509 -inform der -outform pem")
-            self.refuse("has no PEM block; give a file with -----BEGIN CERTIFICATE-----")
-        if b"-----BEGIN CERTIFICATE-----" not in self.text:
-            self.refuse("has no certificate, but other PEM blocks; were two files swapped?")
-        try:
-            return x509.load_pem_x509_certificates(self.text)
-        except ValueError:
-            self.refuse("has a damaged certificate; write the file again")
-
-    def private_key(self) -> PrivateKey:
-        blocks = list(_KEY_BLOCK.finditer(self.text))
-        if not blocks:
-            self.refuse("has no private key in PEM form; give a file with -----BEGIN PRIVATE KEY-----")
-        if len(blocks) > 1:
-            self.refuse(f"has {len(blocks)} private keys; leave only the certificate's")
-        try:
-            key = serialization.load_pem_private_key(blocks[0][0], password=None)
-        except TypeError:
-            self.refuse("is encrypted; decrypt it with: openssl pkey")
-        # The reasons come from a parser that has read the secret: they are not repeated.
-        except (ValueError, UnsupportedAlgorithm):
-            self.refuse("has a damaged or unknown private key; write the file again")
-        match key:
-            case ec.EllipticCurvePrivateKey(curve=curve):
-                if curve.name not in _CURVES:
-                    self.refuse(f"has an ECDSA key on {curve.name}, which TLS 1.3 does not know; use P-256")
-                return key
-            case rsa.RSAPrivateKey(key_size=bits):
-                if bits < _MIN_RSA_BITS:
-                    self.refuse(f"has an RSA key of {bits} bits; use at least {_MIN_RSA_BITS}, or ECDSA on P-256")
-                return key
-            case ed25519.Ed25519PrivateKey():
-                return key
-        return self.refuse("has a key that is not ECDSA, RSA or Ed25519; use ECDSA on P-256")
-
-
-def _load(cert: _Pem, key: _Pem, roots: _Pem, federated: Mapping[str, _Pem], now: datetime | None) -> Svid:
+def _load(cert: Pem, key: Pem, roots: Pem, federated: Mapping[str, Pem], now: datetime | None) -> Svid:
     when = datetime.now(UTC) if now is None else now
     certificates = cert.certificates()
     private_key = key.private_key()
@@ -228,7 +167,7 @@ def _load(cert: _Pem, key: _Pem, roots: _Pem, federated: Mapping[str, _Pem], now
     return Svid(identity=identity, chain=chain, private_key=private_key, bundles=MappingProxyType(bundles))
 
 
-def _leaf(certificates: Sequence[x509.Certificate], key: PrivateKey, cert: _Pem, key_pem: _Pem) -> x509.Certificate:
+def _leaf(certificates: Sequence[x509.Certificate], key: PrivateKey, cert: Pem, key_pem: Pem) -> x509.Certificate:
     public = _spki(key.public_key())
     for certificate in certificates:
         try:
@@ -253,7 +192,7 @@ def _chain(leaf: x509.Certificate, certificates: Iterable[x509.Certificate]) -> 
     return tuple(chain)
 
 
-def _check_usable(certificate: x509.Certificate, what: str, when: datetime, pem: _Pem) -> None:
+def _check_usable(certificate: x509.Certificate, what: str, when: datetime, pem: Pem) -> None:
     if when < certificate.not_valid_before_utc:
         pem.refuse(
             f"{what} is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC; check the clock"
@@ -270,7 +209,7 @@ def _check_usable(certificate: x509.Certificate, what: str, when: datetime, pem:
         )
 
 
-def _roots(pem: _Pem) -> tuple[x509.Certificate, ...]:
+def _roots(pem: Pem) -> tuple[x509.Certificate, ...]:
     anchors = tuple(pem.certificates())
     for position, anchor in enumerate(anchors, start=1):
         try:
@@ -281,7 +220,7 @@ def _roots(pem: _Pem) -> tuple[x509.Certificate, ...]:
 
 
 def _check_anchored(
-    chain: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], when: datetime, cert: _Pem, roots: _Pem
+    chain: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], when: datetime, cert: Pem, roots: Pem
 ) -> None:
     issuers = [anchor for anchor in anchors if any(is_issued_by(one, anchor) or one == anchor for one in chain)]
     if not issuers:
