@@ -42,10 +42,10 @@ def install(session: nox.Session, *groups: str, pins: tuple[str, ...] = ()) -> N
         folder = Path(session.create_tmp()) / "wheel"
         for old in folder.glob("*.whl"):
             old.unlink()
-        session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), ".")
+        session.run_install("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), ".")
         _wheels.extend(str(path.resolve()) for path in folder.glob("*.whl"))
     # The version stays the same while the code changes: a reused environment must not keep the old one.
-    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "hbone", silent=True)
+    session.run_install("python", "-m", "pip", "uninstall", "--quiet", "--yes", "hbone", silent=True)
     session.install(*_wheels, *pins, *nox.project.dependency_groups(PYPROJECT, *groups))
 
 

@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     (
         "py:.*",
         r"(abc|builtins|collections|contextlib|contextvars|cryptography|datetime|enum|h2|ipaddress|logging|OpenSSL|os"
-        r"|pathlib|prometheus_client|pytest|socket|ssl|trio|trustme|types|typing|x509)(\..*)?",
+        r"|pathlib|prometheus_client|pytest|socket|ssl|SSL|trio|trustme|types|typing|x509)(\..*)?",
     ),
     ("py:(class|obj|exc|func|meth|attr|data)", r"optional"),
 ]

@@ -23,6 +23,7 @@ import types
 import typing
 from typing import TYPE_CHECKING
 
+import prometheus_client.metrics_core
 import trio
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -38,7 +39,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Signatures show annotations as they are written, short names too. These modules are where such names come from.
-FOREIGN = (collections.abc, typing, types, contextlib, ipaddress, pathlib, trio, trio.abc)
+FOREIGN = (
+    collections.abc,
+    typing,
+    types,
+    contextlib,
+    ipaddress,
+    pathlib,
+    prometheus_client.metrics_core,
+    trio,
+    trio.abc,
+)
 
 
 def parse(directive: SphinxDirective, lines: list[str]) -> list[nodes.Node]:
@@ -120,12 +131,24 @@ class LimitsDirective(SphinxDirective):
         return parse(self, "\n".join([*head, *rows]).splitlines())
 
 
+def is_alias(name: str) -> bool:
+    """Whether a name in a signature is a type alias of ours: it reads well as it is and has no entry to lead to."""
+    values = [getattr(module, name, None) for key, module in sys.modules.items() if key.partition(".")[0] == "hbone"]
+    return any(value is not None and not isinstance(value, type) for value in values)
+
+
+def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Napoleon takes "Peer: who it is" below an attribute for a type and its meaning, unless the line is not first."""
+    if what in {"attribute", "data", "property"} and lines:
+        lines[:0] = ["..", ""]  # an empty comment
+
+
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element) -> nodes.Node | None:
     """A short or internal name in a signature leads to the public name that is documented, if there is one."""
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"].lstrip(".")
-    if "." not in target and any(hasattr(module, target) for module in FOREIGN):
+    if "." not in target and (target.startswith("_") or any(hasattr(m, target) for m in FOREIGN) or is_alias(target)):
         return contnode
     domain = env.domains.python_domain
     last = target.rpartition(".")[2]
@@ -158,6 +181,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("hbone-api", ApiDirective)
     app.add_directive("hbone-help", HelpDirective)
     app.add_directive("hbone-limits", LimitsDirective)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
     app.connect("missing-reference", resolve)
     app.connect("env-check-consistency", check_complete)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
