@@ -404,6 +404,15 @@ class Engine:
         """The nine bytes in front of `length` bytes of payload."""
         return frame_header(length, _DATA, 0, stream_id)
 
+    def queue_header(self, stream_id: int, length: int) -> None:
+        """Queue a DATA frame's header; its payload must be written right behind what `data_to_send` then returns."""
+        self._out += frame_header(length, _DATA, 0, stream_id)
+
+    def queue_data(self, stream_id: int, payload: memoryview | bytes) -> None:
+        """Queue a whole DATA frame: for small ones, of which many can go out in one write."""
+        self._out += frame_header(len(payload), _DATA, 0, stream_id)
+        self._out += payload
+
     def consumed(self, stream: Stream, count: int) -> bool:
         """Say that `count` received bytes of a stream need no buffer any more.
 

@@ -1,0 +1,139 @@
+"""Plain TCP: connect and listen, on stdlib sockets that trio only waits for."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from hbone.errors import ConnectFailed
+
+if TYPE_CHECKING:
+    from hbone.address import IPAddress
+
+__all__ = ["connect_tcp", "listen_tcp"]
+
+_BACKLOG: Final = 1024
+#: ztunnel's values: a dead peer is noticed after 180 s + 9 * 180 s when it is not noticed by PING before.
+_KEEPALIVE: Final = {"TCP_KEEPIDLE": 180, "TCP_KEEPINTVL": 180, "TCP_KEEPCNT": 9}
+
+
+async def connect_tcp(
+    host: str, port: int, *, timeout: float, source_ip: str | IPAddress | None = None
+) -> socket.socket:
+    """Connect.
+
+    Args:
+        host: an IP address, or a name; a name's addresses are tried as RFC 8305 says.
+        port: the TCP port.
+        timeout: seconds for all of it.
+        source_ip: bind to this local address first; only with an IP address as `host`.
+
+    Returns:
+        A connected, non-blocking socket with TCP_NODELAY and keep-alive.
+
+    Raises:
+        ConnectFailed: refused, unreachable, timed out, unknown name; the message says which and where.
+    """
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        address: IPAddress | None = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+    try:
+        with trio.fail_after(timeout):
+            if address is None:
+                sock = await _connect_name(host, port)
+            else:
+                sock = await _connect_address(address, port, source_ip)
+    except trio.TooSlowError:
+        hint = "; a NetworkPolicy or firewall may block port 15008" if port == 15008 else ""
+        raise ConnectFailed(f"connecting to {where} timed out after {timeout:g} s{hint}") from None
+    except socket.gaierror as exc:
+        raise ConnectFailed(f"{host} does not resolve: {exc.strerror or exc}") from exc
+    except OSError as exc:
+        raise ConnectFailed(f"connecting to {where} failed: {_why(exc)}") from exc
+    _tune(sock)
+    return sock
+
+
+def _why(exc: OSError) -> str:
+    if exc.errno == errno.ECONNREFUSED:
+        return "connection refused (nothing listens there)"
+    return (exc.strerror or str(exc) or type(exc).__name__).lower()
+
+
+async def _connect_address(address: IPAddress, port: int, source_ip: str | IPAddress | None) -> socket.socket:
+    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6)
+    try:
+        sock.setblocking(False)
+        if source_ip is not None:
+            sock.bind((str(source_ip), 0))
+        code = sock.connect_ex((str(address), port))
+        if code == errno.EINPROGRESS:
+            await trio.lowlevel.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _connect_name(host: str, port: int) -> socket.socket:
+    try:
+        stream = await trio.open_tcp_stream(host, port)
+    except OSError as exc:
+        group = exc.__cause__
+        if isinstance(group, BaseExceptionGroup):  # one failure an address: the first tells enough
+            first = group.exceptions[0]
+            if isinstance(first, OSError):
+                raise first from exc
+        raise
+    # trio does not hand its socket out: a second descriptor of the same connection is ours.
+    sock = socket.fromfd(stream.socket.fileno(), stream.socket.family, stream.socket.type)
+    sock.setblocking(False)
+    stream.socket.close()
+    return sock
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        option = getattr(socket, name, None)  # macOS has not all of them in every Python
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Listen on an IP address.
+
+    Args:
+        host: an IP address of this machine; ``0.0.0.0`` or ``::`` for all. ``::`` takes IPv4 too.
+        port: 0 for a free one.
+
+    Returns:
+        A listening, non-blocking socket.
+
+    Raises:
+        OSError: the port is taken, the address is not of this machine, or it needs a privilege.
+    """
+    address = ipaddress.ip_address(host)
+    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.version == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
