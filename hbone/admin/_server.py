@@ -262,6 +262,8 @@ class _Connection:
                 await self.receive()
             if not isinstance(event, h11.Request):
                 return None
+            if event.http_version not in (b"1.0", b"1.1"):
+                raise _Refused(400, "this is not a request in HTTP/1.1")
             self._head_only = event.method == b"HEAD"
             self._h11.next_event()  # the end of a request without a body; of others the body stays unread
         except h11.RemoteProtocolError as problem:
