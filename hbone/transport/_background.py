@@ -27,6 +27,9 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
             yield nursery
         except BaseException as exc:
             error = exc
+        # Shielded, the nursery swallows its tasks' Cancelled also when more than itself is cancelled. It would
+        # raise them otherwise, and the error of the block would be lost.
+        nursery.cancel_scope.shield = True
         nursery.cancel_scope.cancel()
     if error is not None:
         raise error
