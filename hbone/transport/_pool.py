@@ -22,8 +22,10 @@ import trio
 from hbone.address import Authority, Endpoint
 from hbone.errors import ConnectFailed, HboneError, InvalidAddress, LocalProtocolError, SessionClosed, StreamRefused
 from hbone.identity import SpiffeIdentity
-from hbone.protocol._limits import Limits
+from hbone.protocol import Limits
 from hbone.tls import PeerPolicy
+from hbone.transport._background import background_tasks
+from hbone.transport._client import HBONE_PORT, expected_peers, open_session
 from hbone.transport._pool_state import (
     Abandon,
     Action,
@@ -51,8 +53,6 @@ __all__ = ["ConnectionPool", "Dialler", "PoolStatistics", "PooledSession", "Pool
 
 Expect: TypeAlias = SpiffeIdentity | str | Iterable[SpiffeIdentity | str] | PeerPolicy | None
 Headers: TypeAlias = Iterable[tuple[str | bytes, str | bytes]]
-
-HBONE_PORT = 15008
 
 # What may be remembered by value. An iterable is read anew each time: it may be a list that has changed since.
 _VALUES = frozenset({type(None), str, SpiffeIdentity, PeerPolicy})
@@ -205,7 +205,7 @@ class ConnectionPool:
     async def __aenter__(self) -> Self:
         if self._manager is not None:
             raise LocalProtocolError("a pool can be opened only once")
-        manager = self._manager = trio.open_nursery()
+        manager = self._manager = background_tasks()
         self._nursery = await manager.__aenter__()
         self._nursery.start_soon(self._reap, name="hbone pool: idle sessions")
         return self
@@ -214,15 +214,10 @@ class ConnectionPool:
         self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._manager is not None
-        assert self._nursery is not None
         try:
             await self.aclose()
         finally:
-            # The nursery is not told of the exception that leaves the block, which so stays what it is instead of
-            # becoming a group. Shielded, it also swallows its tasks' Cancelled when more than itself is cancelled.
-            self._nursery.cancel_scope.shield = True
-            self._nursery.cancel_scope.cancel()
-            await self._manager.__aexit__(None, None, None)
+            await self._manager.__aexit__(kind, problem, traceback)
 
     async def open_tunnel(
         self,
@@ -351,7 +346,7 @@ class ConnectionPool:
             authority = Authority.parse(target) if isinstance(target, str) else target
             key = PoolKey(
                 source=self._source,
-                expect=_policy(expect, self._source),
+                expect=expected_peers(expect, self._svids),
                 next_hop=_next_hop(via, authority),
                 source_ip=_source_ip(source_ip),
             )
@@ -482,8 +477,6 @@ class ConnectionPool:
             self._emptied.set()
 
     async def _open_session(self, nursery: trio.Nursery, key: PoolKey, svid: Svid) -> PooledSession:
-        from hbone.transport._client import open_session
-
         hop = key.next_hop
         return await open_session(
             nursery,
@@ -496,18 +489,6 @@ class ConnectionPool:
             timeouts=self._timeouts,
             observer=self._observer,
         )
-
-
-def _policy(expect: Expect, own: SpiffeIdentity) -> PeerPolicy:
-    match expect:
-        case None:
-            return PeerPolicy.trust_domain(own.trust_domain)
-        case PeerPolicy():
-            return expect
-        case str() | SpiffeIdentity():
-            return PeerPolicy.exact(expect)
-        case _:
-            return PeerPolicy.exact(*expect)
 
 
 def _next_hop(via: str | Endpoint | Authority | None, target: Authority) -> Endpoint | Authority:
