@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from hbone.telemetry._access_log import AccessLog, AccessRecord, Direction, LogFormat, format_json, format_plain
 from hbone.telemetry._metrics import Metrics, OpenConnection, failure_cause, response_flag
+from hbone.telemetry._observer import MetricsObserver
 
 __all__ = [
     "AccessLog",
@@ -14,6 +15,7 @@ __all__ = [
     "Direction",
     "LogFormat",
     "Metrics",
+    "MetricsObserver",
     "OpenConnection",
     "failure_cause",
     "format_json",

@@ -234,20 +234,20 @@ class _Sink:
     def write(self, data: bytes) -> bool:
         """Writes all of it; False if nobody reads any more, not in time, or the disk is full."""
         with self._lock:
-            if self.fd < 0:
-                self._stream.write(data)
-                return True
-            poller = select.poll()
-            poller.register(self.fd, select.POLLOUT)
-            view = memoryview(data)
             try:
+                if self.fd < 0:
+                    self._stream.write(data)
+                    return True
+                poller = select.poll()
+                poller.register(self.fd, select.POLLOUT)
+                view = memoryview(data)
                 while view:
                     if poller.poll(_POLL_MS):
                         with suppress(BlockingIOError):  # made non-blocking by somebody else, and full after all
                             view = view[os.write(self.fd, view[: self._step]) :]
                     elif time.monotonic() > self._deadline:
                         return False
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a stream that was closed under us
                 return False
             return True
 
@@ -291,7 +291,8 @@ class AccessLog:
         self._written = 0
         self._flushing = False
         self._closed = False
-        self._limiter: trio.CapacityLimiter | None = None
+        self._writing = trio.Lock()  # first come, first served: lines keep their order
+        self._limiter = trio.CapacityLimiter(1)  # not one of the threads that the program has for itself
 
     @property
     def dropped(self) -> int:
@@ -334,10 +335,9 @@ class AccessLog:
         """Writes what waits, within `close_timeout` seconds also when cancelled; later lines are written at once."""
         self._closed = True
         self._sink.stop_within(self._close_timeout)
-        data, count = self._take()
         # The sink keeps the time; the second more is for what hangs in spite of poll, such as a stopped terminal.
         with trio.move_on_after(self._close_timeout + 1, shield=True):
-            await self._write_in_thread(data, count)
+            await self._write_in_thread()
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def __aenter__(self) -> AccessLog:
@@ -362,20 +362,20 @@ class AccessLog:
         else:
             self._dropped += count
 
-    async def _write_in_thread(self, data: bytes, count: int) -> None:
-        """Also without data, to wait for a write under way."""
-        arrived = False
-        try:
-            if self._sink.fd < 0:
-                arrived = self._sink.write(data)
-            else:
-                if self._limiter is None:
-                    self._limiter = trio.CapacityLimiter(2)  # the closing write queues behind one under way
-                arrived = await trio.to_thread.run_sync(
-                    self._sink.write, data, abandon_on_cancel=True, limiter=self._limiter
-                )
-        finally:
-            self._account(count, arrived)
+    async def _write_in_thread(self) -> None:
+        """Writes what waits, after a write under way."""
+        async with self._writing:
+            data, count = self._take()
+            arrived = False
+            try:
+                if self._sink.fd < 0:
+                    arrived = self._sink.write(data)
+                elif data:
+                    arrived = await trio.to_thread.run_sync(
+                        self._sink.write, data, abandon_on_cancel=True, limiter=self._limiter
+                    )
+            finally:
+                self._account(count, arrived)
 
     async def _flush_while_busy(self) -> None:
         try:
@@ -383,6 +383,6 @@ class AccessLog:
                 await trio.sleep(self._flush_interval)
                 if not self._lines:
                     return
-                await self._write_in_thread(*self._take())
+                await self._write_in_thread()
         finally:
             self._flushing = False

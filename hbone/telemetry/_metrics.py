@@ -71,13 +71,14 @@ _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from, outermost first; bounded, in case of a loop."""
+    """The error and what it was raised from or because of, outermost first; bounded, in case of a loop."""
     current: BaseException | None = error
     for _ in range(10):
         if current is None:
             return
         yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+        # ``from None`` hides a context from readers of a traceback; it is still what happened.
+        current = current.__cause__ or current.__context__
 
 
 def _timed_out(error: BaseException) -> bool:
@@ -303,14 +304,16 @@ class Metrics:
         key = (role, "none" if error is None else failure_cause(error))
         self._sessions_ended[key] = self._sessions_ended.get(key, 0) + 1
 
-    def tunnel_opened(self, role: str, connect_duration: float | None = None) -> None:
-        """One more tunnel; the seconds from the CONNECT to its 200, if known."""
+    def connect_finished(self, role: str, duration: float) -> None:
+        """The seconds from asking for a tunnel (client) or being asked (server) to its 200."""
+        histogram = self._connects.get(role)
+        if histogram is None:
+            histogram = self._connects[role] = _Histogram()
+        histogram.observe(duration)
+
+    def tunnel_opened(self, role: str) -> None:
+        """One more tunnel."""
         self._tunnels_open[role] = self._tunnels_open.get(role, 0) + 1
-        if connect_duration is not None:
-            histogram = self._connects.get(role)
-            if histogram is None:
-                histogram = self._connects[role] = _Histogram()
-            histogram.observe(connect_duration)
 
     def tunnel_closed(self, role: str) -> None:
         """One tunnel less."""

@@ -34,6 +34,12 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
     return error
 
 
+def hidden(error: BaseException, context: BaseException) -> BaseException:
+    error.__context__ = context
+    error.__suppress_context__ = True
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "failure"),
     [
@@ -52,6 +58,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (caused(ConnectFailed("x"), trio.TooSlowError()), Failure.TIMEOUT),
         (caused(OSError("all"), ExceptionGroup("x", [OSError(errno.ENETUNREACH, "x")])), Failure.UNREACHABLE),
         (caused(OSError("all"), ExceptionGroup("x", [ConnectionRefusedError()])), Failure.REFUSED),
+        (hidden(ConnectFailed("x"), trio.TooSlowError()), Failure.TIMEOUT),
         (socket.gaierror("x"), Failure.UNREACHABLE),
         (OSError("x"), Failure.OTHER),
     ],

@@ -245,6 +245,14 @@ async def test_a_reader_that_left_is_no_error_here() -> None:
         assert (log.written, log.dropped) == (0, 1)
 
 
+async def test_a_stream_that_was_closed_is_no_error_here(tmp_path: Any) -> None:
+    for stream in (io.BytesIO(), (tmp_path / "access.log").open("wb")):
+        async with AccessLog(stream, flush_interval=0.001) as log:
+            log.write(record())
+            stream.close()
+        assert (log.written, log.dropped) == (0, 1)
+
+
 async def test_flush_now_for_a_sudden_end(tmp_path: Any) -> None:
     path = tmp_path / "access.log"
     with path.open("wb") as file:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
 import pytest
+import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from hbone.errors import (
@@ -17,7 +21,10 @@ from hbone.errors import (
     SessionClosed,
     Unreachable,
 )
-from hbone.telemetry import Metrics, failure_cause, response_flag
+from hbone.telemetry import Metrics, MetricsObserver, failure_cause, response_flag
+
+if TYPE_CHECKING:
+    from hbone.transport import Observer
 
 CART = "spiffe://cluster.local/ns/shop/sa/cart"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -126,7 +133,8 @@ def test_sessions_and_tunnels() -> None:
     metrics.session_opened("client")
     metrics.session_opened("client")
     metrics.session_closed("client", SessionClosed("gone"))
-    metrics.tunnel_opened("client", 0.004)
+    metrics.connect_finished("client", 0.004)
+    metrics.tunnel_opened("client")
     metrics.tunnel_opened("client")
     metrics.tunnel_closed("client")
     metrics.tunnel_refused("server", 401)
@@ -197,6 +205,34 @@ def chained(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+def hidden(error: Exception, context: Exception) -> Exception:
+    error.__context__ = context
+    error.__suppress_context__ = True
+    return error
+
+
+def test_what_sessions_tell_is_counted() -> None:
+    metrics = Metrics()
+    observer: Observer = MetricsObserver(metrics)
+    session: Any = SimpleNamespace(client=True)
+    tunnel: Any = SimpleNamespace(session=session)
+    observer.handshake_finished(client=True, seconds=0.1, peer=None, error=None)
+    observer.handshake_finished(client=False, seconds=0.1, peer=None, error=IdentityRefused("no"))
+    observer.session_opened(session)
+    observer.session_opened(session)
+    observer.session_closed(session, None)
+    observer.tunnel_opened(tunnel)
+    observer.tunnel_opened(tunnel)
+    observer.tunnel_closed(tunnel, None)
+    observer.tunnel_refused(session, "a:1", 503, "no")
+    assert value(metrics, "hbone_handshake_duration_seconds_count", role="client") == 1
+    assert value(metrics, "hbone_handshake_failures_total", role="server", cause="identity_refused") == 1
+    assert value(metrics, "hbone_sessions_open", role="client") == 1
+    assert value(metrics, "hbone_sessions_ended_total", role="client", cause="none") == 1
+    assert value(metrics, "hbone_tunnels_open", role="client") == 1
+    assert value(metrics, "hbone_tunnels_refused_total", role="client", status="503") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "flag", "cause"),
     [
@@ -210,6 +246,7 @@ def chained(error: Exception, cause: Exception) -> Exception:
         (CertificateUnavailable("x", "y"), "IDENTITY_ERROR", "no_certificate"),
         (RemoteProtocolError("x"), "H2_HANDSHAKE_FAILURE", "protocol"),
         (chained(ConnectFailed("x"), TimeoutError()), "NETWORK_POLICY", "timeout"),
+        (hidden(ConnectFailed("x"), trio.TooSlowError()), "NETWORK_POLICY", "timeout"),
         (chained(ConnectFailed("x"), ConnectionRefusedError()), "CONNECT", "network"),
         (chained(SessionClosed("ping"), TimeoutError()), "CONNECT", "timeout"),
         (SessionClosed("x"), "CONNECT", "closed"),

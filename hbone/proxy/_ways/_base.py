@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import struct
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from hbone.address import Endpoint
 from hbone.errors import RemoteProtocolError
+from hbone.transport import reset_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,13 +217,9 @@ def peer_of(sock: socket.socket) -> Endpoint:
 
 def reset(sock: socket.socket) -> None:
     """Closes with RST instead of FIN, so that the application sees an error and not an end of data."""
-    if sock.fileno() < 0:
-        return
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except OSError:
-        pass  # the connection is gone already
-    _close(sock)
+    if sock.fileno() >= 0:
+        trio.lowlevel.notify_closing(sock)
+        reset_socket(sock)
 
 
 def _close(sock: socket.socket) -> None:

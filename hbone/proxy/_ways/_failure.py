@@ -117,5 +117,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             todo.extend(current.exceptions)
         if current.__cause__ is not None:
             todo.append(current.__cause__)
-        elif current.__context__ is not None and not current.__suppress_context__:
+        elif current.__context__ is not None:  # ``from None`` hides it from readers, but it is what happened
             todo.append(current.__context__)
