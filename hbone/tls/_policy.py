@@ -81,8 +81,7 @@ def _fits(rule: _Rule, identity: SpiffeIdentity) -> bool:
             return rule == identity
         case TrustDomain():
             return rule == identity.trust_domain
-        case IdentityPattern():
-            return rule.matches(identity)
+    return rule.matches(identity)
 
 
 def _words(rule: _Rule) -> str:
