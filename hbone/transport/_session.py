@@ -181,13 +181,15 @@ class Session:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._keep_alive)
-                self.flush()
-                task_status.started(self)
-                await self._read()
-                nursery.cancel_scope.cancel()
+                try:
+                    nursery.start_soon(self._keep_alive)
+                    self.flush()
+                    task_status.started(self)
+                    await self._read()
+                finally:
+                    self._nursery = None  # no new tasks: a tunnel may still be reset while the last ones end
+                    nursery.cancel_scope.cancel()
         finally:
-            self._nursery = None
             self._end(self.error or SessionClosed("the session was closed"))
             self._carrier.close()
             if isinstance(self._carrier, StreamCarrier):
@@ -276,7 +278,10 @@ class Session:
                         self.tell("tunnel_opened", tunnel)
                         tunnel.answered(None)
             case ev.RequestReceived(stream_id, request):
-                tunnel = Tunnel(self, self.engine.streams[stream_id], request)
+                stream = self.engine.streams.get(stream_id)
+                if stream is None:
+                    return  # reset in the same read
+                tunnel = Tunnel(self, stream, request)
                 self._tunnels[stream_id] = tunnel
                 assert self._on_request is not None
                 self._on_request(self, tunnel)
@@ -515,14 +520,12 @@ class Session:
         self._closing = True
         for tunnel in self.tunnels:
             tunnel.abort()
-        if self._nursery is not None and not self.closed:
-            try:
-                with trio.move_on_after(2 * self.timeouts.close):
-                    self._maybe_say_goodbye()
-                    await self.finished.wait()
-            finally:
-                self.kill()
-        await self.finished.wait() if self._nursery is not None else await trio.lowlevel.checkpoint()
+        try:
+            with trio.move_on_after(2 * self.timeouts.close):
+                self._maybe_say_goodbye()
+                await self.finished.wait()
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """End at once, without a word."""
