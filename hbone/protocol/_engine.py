@@ -77,7 +77,7 @@ _DATA: Final = int(FrameType.DATA)
 _END_STREAM: Final = int(Flag.END_STREAM)
 _PADDED: Final = int(Flag.PADDED)
 
-_FIXED_LENGTH: Final = {FrameType.PRIORITY: 5, FrameType.RST_STREAM: 4, FrameType.PING: 8, FrameType.WINDOW_UPDATE: 4}
+_FIXED_LENGTH: Final = {FrameType.RST_STREAM: 4, FrameType.PING: 8, FrameType.WINDOW_UPDATE: 4}
 _ON_SESSION: Final = frozenset((FrameType.SETTINGS, FrameType.PING, FrameType.GOAWAY))
 
 # What h2 sees in place of the peer's header lists and ours.
@@ -690,6 +690,9 @@ class Engine:
                 self._goaway(payload, now, events)
             case FrameType.PRIORITY:  # deprecated (RFC 9113 section 5.3.2)
                 self._control.spend(now, "PRIORITY frames")
+                stream = self.streams.get(stream_id)
+                if len(payload) != 5 and stream is not None:  # the one frame whose wrong size costs only its stream
+                    self._stream_error(stream, ErrorCode.FRAME_SIZE_ERROR, "PRIORITY of a wrong size", now, events)
             case _:
                 raise RemoteProtocolError("PUSH_PROMISE, which we do not allow")
 
