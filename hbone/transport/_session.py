@@ -311,7 +311,8 @@ class Session:
             self._refused(tunnel)
             return
         tunnel.feed_eof()
-        if not tunnel.stream.open:
+        # Not `stream.open`: the engine is ahead of its events, and a reset behind this one must not look like an end.
+        if tunnel.stream.local_ended:
             self.forget(tunnel, None)
 
     def _refused(self, tunnel: Tunnel) -> None:

@@ -7,6 +7,8 @@ the buffer.
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -17,6 +19,7 @@ from hbone.transport._values import TunnelStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
     from hbone.address import Authority
     from hbone.protocol import ConnectRequest, ConnectResponse, Stream
@@ -199,7 +202,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
             trio.BusyResourceError: another task is receiving.
             ValueError: `max_bytes` is less than 1.
         """
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
         if self._receiver is not None:
             raise trio.BusyResourceError("another task is already receiving from this tunnel")
@@ -233,11 +236,16 @@ class Tunnel(trio.abc.HalfCloseableStream):
         return data
 
     async def aclose(self) -> None:
-        """Close: nothing is said if both directions have ended, otherwise the peer gets RST_STREAM(CANCEL).
+        """Close both directions, as closing a socket does.
 
-        The reset is queued before the checkpoint, so it leaves even when called in a cancelled scope.
+        Ours ends with END_STREAM if it has not ended; if the peer's has not ended either, RST_STREAM(CANCEL) behind
+        that says that nobody reads any more. When both had ended nothing is said. In a cancelled scope, and when an
+        ``async with`` block is left by an exception, there is no END_STREAM, only the reset: what was cut short must
+        not look complete. Everything is queued before the checkpoint, so it leaves in any case.
         """
         if not self._closed:
+            if self.stream.open and not self._sent_eof and trio.current_effective_deadline() > -math.inf:
+                self.end()
             self._closed = True
             self._buffer = None
             if self.stream.open:
@@ -245,6 +253,13 @@ class Tunnel(trio.abc.HalfCloseableStream):
             self._wake(self._receiver)
             self._wake(self._sender)
         await trio.lowlevel.checkpoint()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc is not None:
+            self.abort()
+        await self.aclose()
 
     def abort(self, error_code: int = ErrorCode.CANCEL) -> None:
         """Reset the tunnel now: RST_STREAM with `error_code` (RFC 9113 section 7). Does not wait."""
