@@ -27,7 +27,7 @@ PYTHONS = nox.project.python_versions(PYPROJECT)
 ENV = {"PYTHONSAFEPATH": "1"}
 
 # A hung test ends with a traceback instead of holding CI.
-PYTEST = ("pytest", "--timeout=300")
+PYTEST = ("pytest", "--timeout=120")
 
 # The packages whose every branch is to be exercised, and by how much (percent).
 COVERED = "*/hbone/identity.py,*/hbone/address.py,*/hbone/protocol/*,*/hbone/tls/*,*/hbone/transport/_pool_state.py"
