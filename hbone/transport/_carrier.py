@@ -298,9 +298,8 @@ class StreamCarrier(_TLS):
         self._collect()
 
     async def send_eof(self) -> None:
-        """Flush, and end the stream's direction if it can do that. Never raises the stream's errors."""
+        """End the stream's direction if it can do that alone. Never raises the stream's errors."""
         try:
-            await self._flush()
             if isinstance(self.stream, trio.abc.HalfCloseableStream):
                 await self.stream.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -21,7 +21,7 @@ from hbone.tls import PeerPolicy, server_connection
 from hbone.transport._carrier import SocketCarrier, StreamCarrier
 from hbone.transport._client import HBONE_PORT, shake_hands
 from hbone.transport._session import Session
-from hbone.transport._tcp import listen_tcp
+from hbone.transport._tcp import accept_from, listen_tcp
 from hbone.transport._tunnel import Tunnel
 from hbone.transport._values import Timeouts
 
@@ -310,25 +310,17 @@ class HBONEServer:
     # === accepting ===
 
     async def _accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
-        while True:
-            while len(self._half_open) >= self._max_half_open:
-                await self._make_room()
-            try:
-                sock, _ = listener.accept()
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(listener)
-                continue
-            except OSError as exc:
-                # A connection that died in the queue, or no file descriptors left: neither ends a server.
-                _log.warning("accepting a connection failed: %s", exc)
-                await trio.sleep(0.05)
-                continue
-            sock.setblocking(False)
+        def handle(sock: socket.socket) -> None:
             if len(self._sessions) >= self._max_sessions:
                 self._failed += 1
                 sock.close()
-                continue
-            nursery.start_soon(self._serve_socket, sock, nursery)
+            else:
+                nursery.start_soon(self._serve_socket, sock, nursery)
+
+        def room() -> Awaitable[None] | None:
+            return self._make_room() if len(self._half_open) >= self._max_half_open else None
+
+        await accept_from(listener, handle, room=room)
 
     async def _make_room(self) -> None:
         """Too many half-open connections. The oldest goes if it has stalled, otherwise wait until it ends or does."""
@@ -345,7 +337,7 @@ class HBONEServer:
 
     async def _serve_socket(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         try:
-            _tune_accepted(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             policy = self._policy or PeerPolicy.trust_domain(self._svid.identity.trust_domain)
             carrier = SocketCarrier(sock, server_connection(self._svid.current(), policy, sock))
         except (HboneError, OSError) as exc:
@@ -445,7 +437,3 @@ def carrier_name(sock: socket.socket | None) -> str:
     except OSError:
         return "a peer that is gone"
 
-
-def _tune_accepted(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

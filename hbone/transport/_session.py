@@ -551,12 +551,10 @@ class Session:
         self._closing = True
         with trio.move_on_after(self.timeouts.close):
             self.flush()
-            while (self._unsent or self._carrier.needs_flush) and self._write_error is None:
-                if not self._draining_unsent:
-                    self._start_drain()
-                await self._uncongested.park()
+            await self._wait_all_sent()
             self._carrier.shutdown_write()
             if isinstance(self._carrier, StreamCarrier):
+                await self._wait_all_sent()
                 await self._carrier.send_eof()
             if self.error is None:
                 await trio.sleep_forever()  # the reader sees the end
@@ -570,6 +568,11 @@ class Session:
                         await self._carrier.wait_readable()
             except SessionClosed:
                 return
+
+    async def _wait_all_sent(self) -> None:
+        while (self._unsent or self._carrier.needs_flush) and self._write_error is None:
+            self._start_drain()
+            await self._uncongested.park()
 
     def _fail(self, error: HboneError) -> None:
         if self.error is None:

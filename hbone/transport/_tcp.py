@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import socket
 from typing import TYPE_CHECKING, Final
@@ -13,9 +14,13 @@ import trio
 from hbone.errors import ConnectFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from hbone.address import IPAddress
 
-__all__ = ["connect_tcp", "listen_tcp"]
+__all__ = ["accept_from", "connect_tcp", "listen_tcp"]
+
+_log: Final = logging.getLogger("hbone")
 
 _BACKLOG: Final = 1024
 #: ztunnel's values: a dead peer is noticed after 180 s + 9 * 180 s when it is not noticed by PING before.
@@ -137,3 +142,36 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+async def accept_from(
+    listener: socket.socket,
+    handle: Callable[[socket.socket], None],
+    *,
+    room: Callable[[], Awaitable[None] | None] = lambda: None,
+) -> None:
+    """Accept connections until cancelled. What goes wrong with one, or with all for a while, does not end it.
+
+    Args:
+        listener: non-blocking.
+        handle: gets each connection, non-blocking and with TCP_NODELAY; must not raise or wait.
+        room: asked before each accept; None to go on, otherwise awaited and asked again.
+    """
+    while True:
+        waiting = room()
+        if waiting is not None:
+            await waiting
+            continue
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(listener)
+            continue
+        except OSError as exc:
+            # A connection that died in the queue, or no file descriptors left.
+            _log.warning("accepting a connection failed: %s", exc)
+            await trio.sleep(0.05)
+            continue
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        handle(sock)
