@@ -16,6 +16,7 @@ from hbone import (
     ConnectionPool,
     Endpoint,
     FileSvidSource,
+    FixedTarget,
     ForwardHandler,
     HBONEClient,
     HboneError,
@@ -30,6 +31,7 @@ from hbone import (
     SpiffeIdentity,
     Svid,
     SvidSource,
+    TargetRule,
     Timeouts,
     TrustDomain,
     Tunnel,
@@ -126,14 +128,15 @@ async def handler(request: TunnelRequest) -> None:
 
 
 async def server(svid: SvidSource) -> None:
-    policy = PeerPolicy.trust_domains([TrustDomain.parse("cluster.local")])
+    policy = PeerPolicy.trust_domain(TrustDomain.parse("cluster.local"))
     node = HBONEServer(svid, handler, accept=policy)
     async with trio.open_nursery() as nursery:
         endpoint: Endpoint = await nursery.start(node.serve, "0.0.0.0", 15008)
-        assert endpoint
+        assert_type(endpoint.port, int)
         await node.drain(5.0)
         node.statistics()
 
 
 async def forwarder(svid: SvidSource) -> None:
-    await HBONEServer(svid, ForwardHandler(allow=lambda request: request.target.port == 8080)).serve("::", 15008)
+    rule: TargetRule = FixedTarget(Authority.parse("127.0.0.1:8080"))
+    await HBONEServer(svid, ForwardHandler(rule)).serve("::", 15008)
