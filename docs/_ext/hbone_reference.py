@@ -131,16 +131,23 @@ class LimitsDirective(SphinxDirective):
         return parse(self, "\n".join([*head, *rows]).splitlines())
 
 
-def is_alias(name: str) -> bool:
-    """Whether a name in a signature is a type alias of ours: it reads well as it is and has no entry to lead to."""
-    values = [getattr(module, name, None) for key, module in sys.modules.items() if key.partition(".")[0] == "hbone"]
-    return any(value is not None and not isinstance(value, type) for value in values)
+def is_internal(name: str) -> bool:
+    """Whether a name in a signature is a type of ours that has no page: an alias, or what only we construct with."""
+    module_name, _, last = name.rpartition(".")
+    modules = [module for key, module in sys.modules.items() if key.partition(".")[0] == "hbone"]
+    return any(hasattr(module, last) for module in modules if module_name in {"", module.__name__})
 
 
 def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Napoleon takes "Peer: who it is" below an attribute for a type and its meaning, unless the line is not first."""
+    """Napoleon takes what is before a colon for a type: in "Peer: who it is" below an attribute, and in what a
+    function returns. Our types are annotations. An empty comment in front keeps the sentence whole.
+    """
     if what in {"attribute", "data", "property"} and lines:
-        lines[:0] = ["..", ""]  # an empty comment
+        lines[:0] = ["..", ""]
+    for index, line in reversed(list(enumerate(lines[:-1]))):
+        if line.strip() in {"Returns:", "Yields:"}:
+            indent = " " * (len(lines[index + 1]) - len(lines[index + 1].lstrip()))
+            lines[index + 1 : index + 1] = [f"{indent}..", ""]
 
 
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element) -> nodes.Node | None:
@@ -148,7 +155,7 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: no
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"].lstrip(".")
-    if "." not in target and (target.startswith("_") or any(hasattr(m, target) for m in FOREIGN) or is_alias(target)):
+    if "." not in target and (target.startswith("_") or any(hasattr(module, target) for module in FOREIGN)):
         return contnode
     domain = env.domains.python_domain
     last = target.rpartition(".")[2]
@@ -163,7 +170,7 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: no
         if not found and "." in target and name.split(".")[-2:] == target.split(".")[-2:]
     ]
     if len(found) != 1:
-        return None
+        return contnode if is_internal(target) else None
     name, entry = found[0]
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
 
