@@ -142,6 +142,8 @@ def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object,
     """Napoleon takes what is before a colon for a type: in "Peer: who it is" below an attribute, and in what a
     function returns. Our types are annotations. An empty comment in front keeps the sentence whole.
     """
+    if what == "data" and "\n".join(lines).strip() == inspect.getdoc(type(obj)):
+        lines.clear()  # what an int is needs no saying
     if what in {"attribute", "data", "property"} and lines:
         lines[:0] = ["..", ""]
     for index, line in reversed(list(enumerate(lines[:-1]))):
