@@ -249,14 +249,13 @@ _used = attrgetter("used")
 class _Group(Generic[S]):
     """What belongs to one key."""
 
-    __slots__ = ("connecting", "dry", "key", "queue", "ready", "sessions")
+    __slots__ = ("dry", "key", "queue", "ready", "sessions")
 
     def __init__(self, key: PoolKey) -> None:
         self.key = key
         self.sessions: dict[PooledEntry[S], None] = {}
         self.ready: dict[PooledEntry[S], None] = {}
         self.queue: OrderedDict[Ticket[S], None] = OrderedDict()
-        self.connecting = False
         self.dry = 0
 
 
@@ -401,12 +400,9 @@ class PoolState(Generic[S]):
             self._entries[entry] = None
             self._close_if_unused(entry, actions)
             return actions
-        group = entry.group
-        group.connecting = False
         self._measure(entry, streams, available)
-        entry.state = SessionState.FULL
         self._reckon(entry, now)
-        self._settle(group, actions)
+        self._settle(entry.group, actions)
         return actions
 
     def dial_failed(self, entry: PooledEntry[S], error: Exception) -> Sequence[Action[S]]:
@@ -556,8 +552,6 @@ class PoolState(Generic[S]):
         group = entry.group
         while entry.reservations:
             self._revoke_last(entry)
-        if entry.state is SessionState.CONNECTING:
-            group.connecting = False
         del group.sessions[entry]
         group.ready.pop(entry, None)
         self._idle.pop(entry, None)
@@ -638,17 +632,16 @@ class PoolState(Generic[S]):
         self._blocked.pop(group.key, None)
         entry = PooledEntry(group, self.generation)
         group.sessions[entry] = None
-        group.connecting = True
         self._entries[entry] = None
         self._active += 1
         self.dials += 1
         actions.append(Dial(entry))
 
     def _may_dial(self, group: _Group[S]) -> bool:
-        if not group.queue or group.connecting or len(group.sessions) >= self.limits.max_sessions_per_key:
+        if not group.queue or len(group.sessions) >= self.limits.max_sessions_per_key:
             return False
-        # A peer that allows not even one stream on a fresh session will not allow one on the next either; it announces
-        # when that changes.
+        # One dial at a time: a session that is CONNECTING carries nothing. And a peer that allows not even one stream
+        # on a fresh session will not allow one on the next either; it announces when that changes.
         return all(entry.used for entry in group.sessions)
 
     def _forget_if_empty(self, group: _Group[S]) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hbone.tls import SvidSource
     from hbone.transport._carrier import Carrier
     from hbone.transport._observer import Observer
-    from hbone.transport._values import Peer
+    from hbone.transport._values import Peer, TunnelStatistics
 
 __all__ = ["HBONEServer", "ServerStatistics", "TunnelRequest"]
 
@@ -77,6 +77,10 @@ class TunnelRequest:
     def local_address(self) -> Endpoint | None:
         """The address that the peer dialled; None when the session does not run on a socket."""
         return self._session.local_address
+
+    def tunnel_statistics(self) -> TunnelStatistics:
+        """A snapshot of its tunnel, also before it is accepted."""
+        return self._tunnel.statistics()
 
     @property
     def answered(self) -> bool:

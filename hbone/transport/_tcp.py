@@ -116,12 +116,15 @@ def _tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
+def listen_tcp(
+    host: str, port: int, *, prepare: Callable[[socket.socket], None] | None = None
+) -> socket.socket:
     """Listen on an IP address.
 
     Args:
         host: an IP address of this machine; ``0.0.0.0`` or ``::`` for all. ``::`` takes IPv4 too.
         port: 0 for a free one.
+        prepare: called with the socket before it is bound, to set options.
 
     Returns:
         A listening, non-blocking socket.
@@ -136,6 +139,8 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.version == 6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if prepare is not None:
+            prepare(sock)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
     except BaseException:
