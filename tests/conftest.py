@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile(
     "fuzz",
+    derandomize=False,
     deadline=None,
     max_examples=20_000,
     stateful_step_count=100,
