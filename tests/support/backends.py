@@ -47,14 +47,13 @@ def _random_block() -> bytes:
 
 
 def pattern(size: int, piece: int = 1 << 18) -> Iterator[memoryview]:
-    """`size` bytes that do not repeat soon, in pieces; the same every time, so that both ends can know them."""
+    """`size` bytes that do not repeat soon, in pieces of up to 256 KiB; always the same ones."""
     block = memoryview(_random_block())
-    at = 0
-    while at < size:
+    for at in range(0, size, 1 << 18):
         offset = (at * 31) % _BLOCK
-        n = min(piece, _BLOCK, size - at)
-        yield block[offset : offset + n]
-        at += n
+        whole = block[offset : offset + min(1 << 18, size - at)]
+        for start in range(0, len(whole), piece):
+            yield whole[start : start + piece]
 
 
 @functools.cache

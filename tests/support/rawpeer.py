@@ -240,12 +240,18 @@ class RawPeer:
         name = f"{Kind(kind).name if kind is not None else 'a frame'} on stream {stream}"
         deadline = time.monotonic() + timeout
         seen = 0
+        ended: Ended | None = None
         while True:
             for index in range(seen, len(self.pending)):
                 if matches(self.pending[index]):
                     return self.pending.pop(index)
+            if ended is not None:
+                raise ended
             seen = len(self.pending)
-            self._fill(deadline, name)
+            try:
+                self._fill(deadline, name)
+            except Ended as error:  # with the last read may have come what was waited for
+                ended = error
 
     def take_data(self, stream: int, size: int | None = None, *, timeout: float = WAIT) -> bytes:
         """Collects DATA of a stream until END_STREAM, or until `size` bytes are there."""
@@ -346,11 +352,16 @@ class RawPeer:
         """Blocks until something has arrived."""
         if self.ended is not None:
             raise Ended(self.ended, waiting_for, self.log)
+        self._send_auto()
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([self.sock], [], [], left)[0]:
             raise TimeoutError(f"no {waiting_for}; got {[str(f) for f in self.log[-12:]]}")
         self._receive(waiting_for)
-        if self._auto:
+        self._send_auto()
+
+    def _send_auto(self) -> None:
+        """What is answered by itself; sending may receive, and so make more of it."""
+        while self._auto:
             raw = bytes(self._auto)
             self._auto.clear()
             with contextlib.suppress(Ended):  # the next read says how it ended
@@ -443,9 +454,15 @@ class RawPeer:
 class RawListener:
     """Listens on a free port of the loopback for a product client to come."""
 
-    def __init__(self, leaf: Leaf | None, *, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, leaf: Leaf | None, *, context: ssl.SSLContext | None = None, receive_buffer: int | None = None
+    ) -> None:
         self._context = context or (leaf.server_context() if leaf else None)
-        self._sock = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._sock = socket.socket()
+        if receive_buffer is not None:  # inherited by accepted sockets; set later, it would make the kernel crawl
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._sock.bind(("127.0.0.1", 0))
+        self._sock.listen(64)
         self.port: int = self._sock.getsockname()[1]
 
     def __enter__(self) -> Self:

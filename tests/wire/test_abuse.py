@@ -1,0 +1,466 @@
+"""An abuser loses its own connection, costs little memory, and hurts nobody else.
+
+The server runs in a process of its own, where its memory can be measured. Beside each attack another client echoes
+through a tunnel of its own session the whole time; at the end every byte must be right and no answer late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support import frames
+from support.backends import Backend, echo, generate, hold, pattern
+from support.certs import pki
+from support.frames import Code, Kind, Setting
+from support.rawpeer import Ended, RawPeer
+
+import hbone
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+
+MIB = 1 << 20
+MOST_GROWTH = 20 * MIB
+"""RSS; the bound that is promised."""
+MOST_DELAY = 5.0
+"""Seconds that an honest client may wait for one answer while an attack runs: both share two cores with the test."""
+
+
+class Server:
+    """The server's process."""
+
+    def __init__(self, **options):
+        leaf = pki().server
+        script = Path(__file__).parent.parent / "support" / "serve.py"
+        argv = [sys.executable, str(script), str(leaf.cert), str(leaf.key), str(leaf.roots), json.dumps(options)]
+        # the product that these tests import, wherever that is
+        env = {**os.environ, "PYTHONPATH": str(Path(hbone.__file__).parent.parent)}
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.port = int(self.process.stdout.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.stdin.close()
+        try:
+            code = self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.process.stdout.close()
+        if exc == (None, None, None):
+            assert code == 0
+
+    def rss(self):
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().split("\n"):
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("the server is gone")
+
+    def peak(self):
+        """The highest RSS since `forget_peak`."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().split("\n"):
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("the server is gone")
+
+    def forget_peak(self):
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def sockets(self):
+        """How many descriptors it has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def settle(self):
+        """Its own word that it works."""
+        self.process.stdin.write("?\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def dial(self, **options):
+        return RawPeer.dial(self.port, options.pop("leaf", pki().other), **options)
+
+
+class Bystander:
+    """An honest client in a thread: echoes all the time on one tunnel, checks each byte, remembers the longest wait."""
+
+    def __init__(self, server, app):
+        self._server = server
+        self._app = app
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self.started = threading.Event()
+        self.error = None
+        self.longest = 0.0
+        self.echoed = 0
+
+    def _work(self):
+        try:
+            with self._server.dial(leaf=pki().client) as peer:
+                peer.open()
+                assert peer.tunnel(1, self._app.target) == 200
+                sent, got = hashlib.sha256(), hashlib.sha256()
+                pieces = list(pattern(MIB, piece=65_536))
+                while not self._stop.is_set():
+                    piece = pieces[self.echoed % len(pieces)]
+                    since = time.monotonic()
+                    peer.upload(1, [piece], end=False)
+                    sent.update(piece)
+                    left = len(piece)
+                    while left:
+                        data = peer.wait_for(Kind.DATA, stream=1).data
+                        got.update(data)
+                        left -= len(data)
+                    self.longest = max(self.longest, time.monotonic() - since)
+                    self.echoed += 1
+                    self.started.set()
+                    time.sleep(0.002)
+                peer.send(frames.data(1, end=True))
+                assert peer.take_data(1) == b""
+                assert got.digest() == sent.digest()
+                assert peer.goaway_code() is None
+        except BaseException as error:
+            self.error = error
+            self.started.set()
+
+    def __enter__(self):
+        self._thread.start()
+        assert self.started.wait(10)
+        return self
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        self._thread.join(20)
+        if exc[0] is None:
+            if self.error is not None:
+                raise self.error
+            assert not self._thread.is_alive(), "the honest client is stuck"
+            assert self.echoed > 1
+            assert self.longest < MOST_DELAY
+
+
+@contextlib.contextmanager
+def under_attack(**options):
+    """A server with an honest client on it; afterwards both are well, and memory has not grown beyond the bound."""
+    with Backend(echo) as app, Server(**options) as server, Bystander(server, app):
+        # one whole session first, so that what is made once is not counted as growth
+        with server.dial() as peer:
+            peer.open()
+            assert peer.tunnel(1, app.target) == 200
+            peer.send(frames.data(1, b"warm", end=True))
+            peer.take_data(1)
+        server.forget_peak()
+        before = server.rss()
+        yield server, app
+        grown = server.peak() - before
+        server.settle()
+        with server.dial() as peer:  # newcomers are served
+            peer.open()
+            assert peer.tunnel(1, app.target) == 200
+        assert grown <= MOST_GROWTH, f"RSS grew by {grown / MIB:.1f} MiB"
+        print(f"RSS grew by {grown / MIB:.1f} MiB")
+
+
+def flood(peer, raw, times, *, batch=100):
+    """Sends `raw` over and over until it is done or cut off; returns how often it got through, about."""
+    for n in range(0, times, batch):
+        try:
+            peer.send(raw * batch)
+        except Ended:
+            return n
+    return times
+
+
+def cut_off(peer, code=Code.ENHANCE_YOUR_CALM, timeout=10):
+    """The abuser has lost its connection, with this word."""
+    peer.wait_end(timeout)
+    assert peer.goaway_code() == code
+
+
+def test_rapid_reset():
+    with Backend(hold) as victim, under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        for stream in range(1, 40_001, 2):
+            try:
+                peer.send(frames.connect(stream, victim.target) + frames.rst(stream))
+            except Ended:
+                break
+        cut_off(peer)
+        for seen in list(victim.connections):
+            assert seen.done.wait(10), "a connection to the backend outlived its session"
+
+
+def test_requests_that_make_us_reset_them():
+    # CVE-2025-8671: the same with the roles turned; WINDOW_UPDATE of 0 makes the server send the reset.
+    with Backend(hold) as victim, under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        for stream in range(1, 40_001, 2):
+            try:
+                peer.send(frames.connect(stream, victim.target) + frames.window_update(stream, 0))
+            except Ended:
+                break
+        cut_off(peer)
+
+
+def test_malformed_requests_without_end():
+    with under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        for stream in range(1, 40_001, 2):
+            try:
+                peer.send(frames.headers(stream, [(":method", "CONNECT")]))
+            except Ended:
+                break
+        cut_off(peer)
+
+
+def test_requests_beyond_the_limit_without_end():
+    with under_attack(limits={"max_concurrent_streams": 5}) as (server, app), server.dial() as peer:
+        peer.open()
+        for stream in range(1, 40_001, 2):
+            try:
+                peer.send(frames.connect(stream, app.target))
+            except Ended:
+                break
+        cut_off(peer)
+
+
+FLOODS = {
+    "ping": frames.ping(),
+    "ping_ack": frames.ping(ack=True),
+    "settings": frames.settings({Setting.INITIAL_WINDOW_SIZE: 65_535}),
+    "settings_empty": frames.settings(),
+    "settings_ack": frames.settings(ack=True),
+    "empty_data": frames.data(1),
+    "empty_padded_data": frames.data(1, pad=0),
+    "padding_only_data": frames.data(1, pad=255),
+    "window_update": frames.window_update(1, 1),
+    "window_update_session": frames.window_update(0, 1),
+    "priority": frames.priority(1),
+    "unknown_frames": frames.frame(0x42, 0, 0, b"?"),
+    "rst_of_a_closed_stream": frames.rst(3),
+    "data_on_a_closed_stream": frames.data(3, b"x"),
+    "headers_on_a_reset_stream": frames.connect(5, "127.0.0.1:1"),
+    "goaway": frames.goaway(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reading"),
+    [*((kind, True) for kind in FLOODS), ("ping", False), ("settings", False), ("data_on_a_closed_stream", False)],
+    ids=lambda value: value if isinstance(value, str) else "reading" if value else "never_reading",
+)
+def test_flood(kind, reading):
+    timeouts = {"ping_interval": 1.0, "ping_timeout": 2.0, "close": 0.5}
+    with under_attack(timeouts=timeouts) as (server, app), server.dial() as peer:
+        peer.open()
+        assert peer.tunnel(1, app.target) == 200
+        if kind.endswith("closed_stream"):
+            assert peer.tunnel(3, app.target) == 200
+            peer.send(frames.data(3, end=True))
+            peer.take_data(3)
+        if kind == "headers_on_a_reset_stream":
+            peer.send(frames.headers(5, [(":method", "CONNECT")]))
+            peer.wait_for(Kind.RST_STREAM, stream=5)
+        peer.reading = reading
+        try:
+            flood(peer, FLOODS[kind], 200_000)
+        except TimeoutError:
+            assert not reading, "the server neither read nor let go"
+        peer.wait_end()
+        codes = {f.code for f in peer.log if f.kind == Kind.GOAWAY}
+        assert codes <= {Code.ENHANCE_YOUR_CALM, Code.NO_ERROR}
+        if reading:
+            assert Code.ENHANCE_YOUR_CALM in codes
+
+
+def test_continuation_without_end():
+    with under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        peer.send(frames.headers(1, b"", end_headers=False))
+        piece = frames.continuation(1, frames.block([("x", "y" * 60)]))
+        assert flood(peer, piece, 200_000) < 200_000
+        cut_off(peer)
+
+
+def test_empty_continuation_without_end():
+    with under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        peer.send(frames.headers(1, b"", end_headers=False))
+        assert flood(peer, frames.continuation(1, b""), 200_000) < 200_000
+        cut_off(peer)
+
+
+def test_header_block_of_many_megabytes():
+    with under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        peer.send_some(frames.headers(1, frames.block([("x", "y" * 16_000)] * 60), end_headers=True))
+        cut_off(peer)
+
+
+def test_hpack_bomb():
+    # One large field goes into the table, then thousands of one-byte references to it: 40 MB out of 10 kB.
+    large = b"\x40\x01x" + b"\x7f\x9d\x1e" + b"v" * 3996
+    with under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        for stream in range(1, 401, 2):
+            block = frames.block(frames.connect_headers("127.0.0.1:1")) + (large if stream == 1 else b"")
+            try:
+                peer.send(frames.headers(stream, block + b"\xbe" * 10_000))
+            except Ended:
+                break
+        cut_off(peer)
+
+
+def test_large_header_lists_without_end():
+    fields = frames.connect_headers("127.0.0.1:1", *[(f"x-{n}", "v" * 1000) for n in range(100)])
+    with under_attack() as (server, _), server.dial() as peer:
+        peer.open()
+        for stream in range(1, 20_001, 2):
+            try:
+                peer.send(frames.headers(stream, fields))
+            except Ended:
+                break
+        cut_off(peer)
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_window_overflow(stream):
+    with under_attack() as (server, app), server.dial() as peer:
+        peer.open()
+        assert peer.tunnel(1, app.target) == 200
+        peer.send(frames.window_update(stream, 2**31 - 1))
+        if stream == 0:
+            cut_off(peer, Code.FLOW_CONTROL_ERROR)
+        else:
+            assert peer.wait_for(Kind.RST_STREAM, stream=1).code == Code.FLOW_CONTROL_ERROR
+
+
+def test_more_data_than_the_window():
+    with under_attack() as (server, _), Backend(lambda sock, seen: time.sleep(20), receive_buffer=4096) as app:
+        with server.dial() as peer:
+            peer.open()
+            assert peer.tunnel(1, app.target) == 200
+            flood(peer, frames.data(1, bytes(16_384)), 4000, batch=16)
+            codes = [f.code for f in peer.log if f.kind in (Kind.RST_STREAM, Kind.GOAWAY)]
+            assert codes[0] in (Code.FLOW_CONTROL_ERROR, Code.ENHANCE_YOUR_CALM)
+
+
+@pytest.mark.parametrize("bytes_sent", [b"", bytes.fromhex("16030106000100")], ids=["nothing", "half_a_hello"])
+def test_stalled_handshakes(bytes_sent):
+    with under_attack(timeouts={"handshake": 1.0, "close": 0.5}) as (server, _):
+        peers = [server.dial(handshake=False) for _ in range(50)]
+        for peer in peers:
+            peer.sock.send(bytes_sent) if bytes_sent else None
+        for peer in peers:
+            assert peer.wait_end() in ("eof", "reset", "alert", "close_notify")
+            peer.close()
+
+
+@pytest.mark.parametrize("stage", ["nothing", "half_a_preface", "preface_only", "drip"])
+def test_stalled_preface(stage):
+    with under_attack(timeouts={"settings": 1.0, "close": 0.5}) as (server, _):
+        peers = [server.dial() for _ in range(20)]
+        raw = {"nothing": b"", "half_a_preface": frames.PREFACE[:12], "preface_only": frames.PREFACE}.get(stage)
+        if raw is None:  # a byte now and then does not buy more time
+            with contextlib.suppress(Ended):
+                for byte in frames.PREFACE + frames.settings()[:8]:
+                    for peer in peers:
+                        peer.send(bytes([byte]))
+                    time.sleep(0.06)
+        for peer in peers:
+            if raw:
+                peer.send(raw)
+            peer.wait_end()
+            peer.close()
+
+
+def test_no_connect_ever():
+    timeouts = {"first_request": 1.0, "close": 0.5}
+    with under_attack(timeouts=timeouts) as (server, _), server.dial() as peer:
+        peer.open()
+        cut_off(peer, Code.NO_ERROR)
+
+
+def test_no_answer_to_ping():
+    timeouts = {"ping_interval": 0.3, "ping_timeout": 0.5, "close": 0.5}
+    with under_attack(timeouts=timeouts) as (server, app), server.dial() as peer:
+        peer.ack_pings = False
+        peer.open()
+        assert peer.tunnel(1, app.target) == 200
+        peer.wait_end()
+
+
+def test_a_peer_that_never_reads():
+    # It asks for downloads without end, grants all the credit there is, and reads nothing.
+    timeouts = {"ping_interval": 1.0, "ping_timeout": 2.0, "close": 0.5}
+    with Backend(generate(64 * MIB)) as app, under_attack(timeouts=timeouts) as (server, _):
+        with server.dial(receive_buffer=4096) as peer:
+            peer.open({Setting.INITIAL_WINDOW_SIZE: 2**31 - 1, Setting.MAX_FRAME_SIZE: 2**24 - 1})
+            peer.send(frames.window_update(0, 2**31 - 1 - 2**24))
+            for stream in range(1, 101, 2):
+                peer.send(frames.connect(stream, app.target, end_stream=True))
+            deadline = time.monotonic() + 15
+            while any(not seen.done.is_set() for seen in app.connections) or len(app.connections) < 50:
+                assert time.monotonic() < deadline, "its backends are still held"
+                time.sleep(0.05)
+
+
+def test_unread_downloads_are_bounded_per_session():
+    # It reads and grants credit for the session, but takes all it can get of many streams at once.
+    with Backend(generate(8 * MIB)) as app, under_attack() as (server, _), server.dial() as peer:
+        peer.keep_data = False
+        peer.open({Setting.INITIAL_WINDOW_SIZE: 65_535})
+        peer.give_credit = False
+        for stream in range(1, 201, 2):
+            peer.send(frames.connect(stream, app.target, end_stream=True))
+        for stream in range(1, 201, 2):
+            peer.wait_for(Kind.HEADERS, stream=stream)
+        peer.fence()
+
+
+def test_ten_thousand_half_open_connections():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 12_000:
+        pytest.skip(f"needs 12000 file descriptors, may have {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    held = []
+    try:
+        with under_attack(timeouts={"handshake": 3.0, "close": 0.5}) as (server, _):
+            for n in range(10_000):
+                sock = socket.socket()
+                sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    sock.connect(("127.0.0.1", server.port))
+                held.append(sock)
+                if n % 500 == 499:
+                    select.select([], held[-1:], [], 1)
+            deadline = time.monotonic() + 30
+            with contextlib.suppress(TimeoutError):  # a newcomer gets in as soon as the stalled ones time out
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(Ended, OSError), server.dial() as peer:
+                        peer.open()
+                        break
+            assert time.monotonic() < deadline
+            for sock in held:
+                sock.close()
+            while server.sockets() > 100:
+                assert time.monotonic() < deadline + 15, "half-open connections are still held"
+                time.sleep(0.05)
+    finally:
+        for sock in held:
+            sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
