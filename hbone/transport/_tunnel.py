@@ -336,6 +336,8 @@ class Tunnel(trio.abc.HalfCloseableStream):
             raise error
 
     def _abort_wait(self, _: object) -> trio.lowlevel.Abort:
+        # The task is on its way from here on: an answer that comes before it runs must not reschedule it again.
+        self._waiter = None
         return trio.lowlevel.Abort.SUCCEEDED
 
     def answered(self, error: HboneError | None) -> None:
