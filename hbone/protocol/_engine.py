@@ -533,10 +533,10 @@ class Engine:
             flags = at[start + 4]
             stream_id = (at[start + 5] & 0x7F) << 24 | at[start + 6] << 16 | at[start + 7] << 8 | at[start + 8]
             if len(tail) <= FRAME_HEADER_SIZE:
-                if length > self._limits.max_frame_size:
-                    raise RemoteProtocolError(f"a frame of {length} bytes", ErrorCode.FRAME_SIZE_ERROR)
                 if not self.ready and (kind != FrameType.SETTINGS or flags & Flag.ACK):
                     raise RemoteProtocolError(_not_settings(bytes(at[start : start + FRAME_HEADER_SIZE])))
+                if length > self._limits.max_frame_size:
+                    raise RemoteProtocolError(f"a frame of {length} bytes", ErrorCode.FRAME_SIZE_ERROR)
                 if kind == _DATA:
                     if tail:
                         tail.clear()
