@@ -19,6 +19,7 @@ from OpenSSL import SSL
 
 from hbone.errors import ConnectFailed, IdentityRefused, SessionClosed
 from hbone.tls import explain_tls_error, verification_error
+from hbone.transport._openssl import read_records, write_records
 
 if TYPE_CHECKING:
     from hbone.errors import HboneError
@@ -27,8 +28,6 @@ __all__ = ["Carrier", "SocketCarrier", "StreamCarrier", "WOULD_BLOCK"]
 
 #: `read_into` found nothing.
 WOULD_BLOCK: Final = -1
-#: A TLS record holds at most this much; pyOpenSSL allocates what one asks for, so ask for one record at a time.
-_RECORD: Final = 16_384
 #: Ciphertext that may wait inside a `StreamCarrier`.
 _MAX_CIPHERTEXT: Final = 256 * 1024
 
@@ -109,34 +108,22 @@ class _TLS:
         """Read records until nothing is left or the buffer is full."""
         if self._failure is not None:
             raise self._failure
-        recv_into = self.connection.recv_into
-        got, size = 0, len(buffer)
-        try:
-            while size - got >= _RECORD:
-                got += recv_into(buffer[got : got + _RECORD])
-        except (SSL.WantReadError, SSL.WantWriteError):
+        got, error = read_records(self.connection, buffer)
+        if error is None:
             return got or WOULD_BLOCK
-        except SSL.ZeroReturnError:
-            return got
-        except SSL.Error as exc:  # SysCallError is one
-            self._failure = _broken("the connection broke", exc)
-            if not got:
-                raise self._failure from exc
+        if isinstance(error, SSL.ZeroReturnError):
+            return got  # it says so again, as often as it is asked
+        self._failure = _broken("the connection broke", error)
+        if not got:
+            raise self._failure from error
         return got
 
     def _write(self, data: memoryview | bytes | bytearray) -> int:
-        send = self.connection.send
-        view = memoryview(data)
-        done, size = 0, len(view)
         try:
             # One record a call: OpenSSL is in partial write mode, so that what it did not take can be kept elsewhere.
-            while done < size:
-                done += send(view[done:])
-        except (SSL.WantWriteError, SSL.WantReadError):
-            pass
+            return write_records(self.connection, memoryview(data))
         except SSL.Error as exc:
             raise _broken("the connection broke", exc) from exc
-        return done
 
 
 class SocketCarrier(_TLS):
