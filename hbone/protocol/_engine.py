@@ -24,6 +24,7 @@ A *session error* is the last event, `SessionFailed`, with GOAWAY queued. `recei
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Final
 
 import h2.config
@@ -79,6 +80,8 @@ _PADDED: Final = int(Flag.PADDED)
 
 _FIXED_LENGTH: Final = {FrameType.RST_STREAM: 4, FrameType.PING: 8, FrameType.WINDOW_UPDATE: 4}
 _ON_SESSION: Final = frozenset((FrameType.SETTINGS, FrameType.PING, FrameType.GOAWAY))
+#: Those of RFC 9113. ENABLE_CONNECT_PROTOCOL is not for us: we use no extended CONNECT.
+_KNOWN_SETTINGS: Final = frozenset(Setting) - {Setting.ENABLE_CONNECT_PROTOCOL}
 
 # What h2 sees in place of the peer's header lists and ours.
 _H2_REQUEST: Final = [(b":method", b"CONNECT"), (b":authority", b"-")]
@@ -871,28 +874,37 @@ class Engine:
             self._h2.receive_data(frame(FrameType.SETTINGS, Flag.ACK, 0))
             return
         self._control.spend(now, "SETTINGS frames")
-        for i in range(0, len(payload), 6):
-            self._setting(int.from_bytes(payload[i : i + 2], "big"), int.from_bytes(payload[i + 2 : i + 6], "big"), events)
-        self._h2.receive_data(frame(FrameType.SETTINGS, 0, 0, payload))
+        # Of a setting given many times only the last is acted upon, and h2 is shown those that we know: else one frame
+        # could change the windows of all streams thousands of times, and h2 would remember all 65 536 ids.
+        values: dict[Setting, int] = {}
+        for code, value in struct.iter_unpack(">HL", payload):
+            if code in _KNOWN_SETTINGS:
+                self._check_setting(code, value)
+                values[Setting(code)] = value
+        for setting, value in values.items():
+            self._setting(setting, value, events)
+        self._h2.receive_data(settings_frame(values))
         self._pull()
         first = not self.ready
         self.ready = True
         events.append(ev.SettingsReceived(first))
 
-    def _setting(self, code: int, value: int, events: list[ev.Event]) -> None:
-        match code:
-            case Setting.ENABLE_PUSH if value > (0 if self._client else 1):
-                # RFC 9113 section 6.5.2: a server must not announce 1
-                raise RemoteProtocolError(f"ENABLE_PUSH of {value}")
+    def _check_setting(self, code: int, value: int) -> None:
+        # RFC 9113 section 6.5.2; a server must not announce ENABLE_PUSH = 1
+        if code == Setting.ENABLE_PUSH and value > (0 if self._client else 1):
+            raise RemoteProtocolError(f"ENABLE_PUSH of {value}")
+        if code == Setting.MAX_FRAME_SIZE and not _DEFAULT_FRAME <= value < 2**24:
+            raise RemoteProtocolError(f"MAX_FRAME_SIZE of {value}")
+        if code == Setting.INITIAL_WINDOW_SIZE and value > _MAX_WINDOW:
+            raise RemoteProtocolError(f"INITIAL_WINDOW_SIZE of {value}", ErrorCode.FLOW_CONTROL_ERROR)
+
+    def _setting(self, setting: Setting, value: int, events: list[ev.Event]) -> None:
+        match setting:
             case Setting.MAX_CONCURRENT_STREAMS:
                 self.max_outbound_streams = value
             case Setting.MAX_FRAME_SIZE:
-                if not _DEFAULT_FRAME <= value < 2**24:
-                    raise RemoteProtocolError(f"MAX_FRAME_SIZE of {value}")
                 self.max_frame_size = value
             case Setting.INITIAL_WINDOW_SIZE:
-                if value > _MAX_WINDOW:
-                    raise RemoteProtocolError(f"INITIAL_WINDOW_SIZE of {value}", ErrorCode.FLOW_CONTROL_ERROR)
                 delta = value - self._peer_initial_window
                 self._peer_initial_window = value
                 for stream in self.streams.values():
