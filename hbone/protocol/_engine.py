@@ -67,6 +67,9 @@ _MAX_WINDOW: Final = 2**31 - 1
 _MAX_STREAM_ID: Final = 2**31 - 1
 _DEFAULT_WINDOW: Final = 65_535
 _DEFAULT_FRAME: Final = 16_384
+_DEFAULT_TABLE: Final = 4096
+#: Dynamic table size update to 0 (RFC 7541 section 6.3). Our blocks use no table.
+_NO_TABLE: Final = b"\x20"
 #: Frames that are neither DATA nor a header block have no business being longer.
 _MAX_CONTROL_FRAME: Final = 16_384
 #: Streams that we reset and on which frames may still be under way.
@@ -212,7 +215,8 @@ class Engine:
         self._stream_credit_step = limits.stream_window // 4
         self._session_credit_step = limits.connection_window // 4
         self._resets: dict[int, None] = {}
-        self._refused_below_goaway = 0
+        self._table_size = _DEFAULT_TABLE
+        self._table_shrunk = False
 
         # where we are in the peer's bytes
         self._tail = bytearray()
@@ -327,7 +331,7 @@ class Engine:
         self._next_stream_id += 2
         self._h2.send_headers(stream_id, _H2_REQUEST)
         self._h2.clear_outbound_data_buffer()
-        self._out += headers_frames(stream_id, encode_header_block(request.encode()), self.max_frame_size)
+        self._out += headers_frames(stream_id, self._encode(request.encode()), self.max_frame_size)
         stream = self.streams[stream_id] = Stream(stream_id, self._peer_initial_window, self._initial_window)
         self._unanswered[stream_id] = deadline
         return stream
@@ -342,7 +346,7 @@ class Engine:
         stream.answered = True
         self._h2.send_headers(stream_id, _H2_RESPONSE)
         self._h2.clear_outbound_data_buffer()
-        block = encode_header_block([(b":status", b"200"), *headers])
+        block = self._encode([(b":status", b"200"), *headers])
         self._out += headers_frames(stream_id, block, self.max_frame_size)
 
     def refuse(self, stream_id: int, status: int, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
@@ -357,7 +361,7 @@ class Engine:
         stream.answered = True
         self._h2.send_headers(stream_id, _H2_RESPONSE, end_stream=True)
         self._h2.clear_outbound_data_buffer()
-        block = encode_header_block([(b":status", b"%d" % status), *headers])
+        block = self._encode([(b":status", b"%d" % status), *headers])
         self._out += headers_frames(stream_id, block, self.max_frame_size, end_stream=True)
         stream.local_ended = True
         if stream.remote_ended:
@@ -440,7 +444,6 @@ class Engine:
         if self.draining or self.closed:
             return
         self.draining = True
-        self._refused_below_goaway = self.last_inbound_stream
         self._out += goaway_frame(_MAX_STREAM_ID, ErrorCode.NO_ERROR)
         self._h2.ping(_DRAIN)
         self._pull()
@@ -904,6 +907,11 @@ class Engine:
                 self.max_outbound_streams = value
             case Setting.MAX_FRAME_SIZE:
                 self.max_frame_size = value
+            case Setting.HEADER_TABLE_SIZE if value < self._table_size:
+                # RFC 9113 section 4.3.1: the next block must say that we follow. We go to 0 at once, where nothing is
+                # ever left to shrink.
+                self._table_size = 0
+                self._table_shrunk = True
             case Setting.INITIAL_WINDOW_SIZE:
                 delta = value - self._peer_initial_window
                 self._peer_initial_window = value
@@ -953,6 +961,13 @@ class Engine:
                 )
 
     # === helpers ===
+
+    def _encode(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        block = encode_header_block(headers)
+        if self._table_shrunk:
+            self._table_shrunk = False
+            block = _NO_TABLE + block
+        return block
 
     def _unanswered_request(self, stream_id: int) -> Stream:
         stream = self.streams.get(stream_id)
