@@ -208,7 +208,6 @@ class Engine:
 
         self._next_stream_id = 1 if client else 2
         self._peer_initial_window = _DEFAULT_WINDOW
-        self._initial_window = max(limits.stream_window, _DEFAULT_WINDOW)
         self._settings_acknowledged = False
         self._recv_window = limits.connection_window
         self._unacknowledged = 0
@@ -332,7 +331,7 @@ class Engine:
         self._h2.send_headers(stream_id, _H2_REQUEST)
         self._h2.clear_outbound_data_buffer()
         self._out += headers_frames(stream_id, self._encode(request.encode()), self.max_frame_size)
-        stream = self.streams[stream_id] = Stream(stream_id, self._peer_initial_window, self._initial_window)
+        stream = self.streams[stream_id] = Stream(stream_id, self._peer_initial_window, self._limits.stream_window)
         self._unanswered[stream_id] = deadline
         return stream
 
@@ -781,7 +780,7 @@ class Engine:
         ends = self._block_ends
         flags = Flag.END_HEADERS | (_END_STREAM if ends else 0)
         self._h2.receive_data(frame(FrameType.HEADERS, flags, stream_id, _H2_REQUEST_BLOCK))
-        stream = self.streams[stream_id] = Stream(stream_id, self._peer_initial_window, self._initial_window)
+        stream = self.streams[stream_id] = Stream(stream_id, self._peer_initial_window, self._limits.stream_window)
         stream.remote_ended = ends
         if self.draining or excess:
             self._control.spend(now, "refused streams")
@@ -866,14 +865,9 @@ class Engine:
         if len(payload) % 6 or (flags & Flag.ACK and payload):
             raise RemoteProtocolError(f"SETTINGS of {len(payload)} bytes", ErrorCode.FRAME_SIZE_ERROR)
         if flags & Flag.ACK:
-            if not self._settings_acknowledged:
-                self._settings_acknowledged = True
-                delta = self._limits.stream_window - self._initial_window
-                self._initial_window += delta
-                for stream in self.streams.values():
-                    stream.recv_window += delta
-            else:
+            if self._settings_acknowledged:
                 self._control.spend(now, "SETTINGS acknowledgements")
+            self._settings_acknowledged = True
             self._h2.receive_data(frame(FrameType.SETTINGS, Flag.ACK, 0))
             return
         self._control.spend(now, "SETTINGS frames")
