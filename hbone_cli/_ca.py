@@ -6,11 +6,12 @@ import json
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hbone_cli._options import common_options
+from hbone_cli._options import ParamType, examples
 
 if TYPE_CHECKING:
     from hbone.certs import CertificateFacts
@@ -20,7 +21,7 @@ __all__ = ["command"]
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-class _Duration(click.ParamType):
+class _Duration(ParamType):
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -32,66 +33,74 @@ class _Duration(click.ParamType):
         return timedelta(seconds=int(found[1]) * _UNITS[found[2]])
 
 
-@click.group("ca")
+@click.group(
+    "ca",
+    short_help="A CA for laptops and tests; what certificates say.",
+    epilog=examples(
+        "hbone ca init ca",
+        "hbone ca issue ca spiffe://cluster.local/ns/shop/sa/cart -o cart",
+        "hbone ca show cart/cert.pem",
+    ),
+)
 def command() -> None:
-    """A certificate authority for laptops and tests. Not for production: it asks nobody who you are.
-
-    \b
-    hbone ca init ca
-    hbone ca issue ca spiffe://cluster.local/ns/shop/sa/cart -o cart
-    hbone ca show cart/cert.pem
-    """
+    """A certificate authority for laptops and tests. Not for production: it asks nobody who you are."""
 
 
-@command.command("init")
+@command.command("init", short_help="Make a CA.", epilog=examples("hbone ca init ca"))
 @click.argument("directory", type=click.Path())
 @click.option("--trust-domain", default="cluster.local", show_default=True, metavar="NAME", help="Whose identities.")
-def init(*, directory: str, trust_domain: str) -> None:
-    """Make a CA: a root certificate and its key, in a new DIRECTORY that only you can read.
-
-    \b
-    hbone ca init ca
-    """
+@click.option("--json", "as_json", is_flag=True, help="A JSON object.")
+def init(*, directory: str, trust_domain: str, as_json: bool) -> None:
+    """Make a CA: a root certificate and its key, in a new DIRECTORY that only you can read."""
     from hbone import LocalCA
 
     ca = LocalCA.create(directory, trust_domain=trust_domain)
-    click.echo(f"CA for {ca.trust_domain} in {directory}: who has {directory}/root-key.pem can be anybody there")
+    key = Path(directory) / "root-key.pem"
+    if as_json:
+        click.echo(json.dumps({"directory": directory, "trust_domain": str(ca.trust_domain), "key": str(key)}))
+    else:
+        click.echo(f"CA for {ca.trust_domain} in {directory}: whoever has {key} can be anybody there")
 
 
-@command.command("issue")
+@command.command(
+    "issue",
+    short_help="Issue a certificate.",
+    epilog=examples("hbone ca issue ca spiffe://cluster.local/ns/shop/sa/cart -o cart"),
+)
 @click.argument("directory", type=click.Path())
 @click.argument("identity", metavar="IDENTITY")
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="DIR", help="Where to put the files.")
 @click.option(
     "--ttl", type=_Duration(), default="24h", show_default=True, metavar="TIME", help="How long it is valid: 90m, 7d."
 )
-def issue(*, directory: str, identity: str, output: str, ttl: timedelta) -> None:
+@click.option("--json", "as_json", is_flag=True, help="A JSON object.")
+def issue(*, directory: str, identity: str, output: str, ttl: timedelta, as_json: bool) -> None:
     """Issue a certificate for IDENTITY (spiffe://...) from the CA in DIRECTORY.
 
     Writes cert.pem, key.pem (0600) and roots.pem. Do it again to renew: proxies that use the files take the new ones.
-
-    \b
-    hbone ca issue ca spiffe://cluster.local/ns/shop/sa/cart -o cart
     """
     from hbone import LocalCA
 
     ca = LocalCA.open(directory)
     svid = ca.issue(identity, ttl=ttl)
     files = ca.write(svid, output)
-    click.echo(f"{svid.identity}, valid until {svid.not_after:%Y-%m-%dT%H:%M:%SZ}")
-    click.echo(f"--cert {files.cert} --key {files.key} --roots {files.roots}")
+    if as_json:
+        names = {"cert": str(files.cert), "key": str(files.key), "roots": str(files.roots)}
+        click.echo(json.dumps({"identity": str(svid.identity), "not_after": _utc(svid.not_after), **names}))
+    else:
+        click.echo(f"{svid.identity}, valid until {_utc(svid.not_after)}")
+        click.echo(f"--cert {files.cert} --key {files.key} --roots {files.roots}")
 
 
-@command.command("show")
+@command.command(
+    "show",
+    short_help="Say what certificates are.",
+    epilog=examples("hbone ca show cart/cert.pem", "hbone ca show --json roots.pem | jq -r '.[].not_after'"),
+)
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="A JSON array.")
 def show(*, file: str, as_json: bool) -> None:
-    """Say what the certificates in FILE (PEM) are, and what is wrong with them.
-
-    \b
-    hbone ca show cart/cert.pem
-    hbone ca show --json roots.pem | jq -r '.[].not_after'
-    """
+    """Say what the certificates in FILE (PEM) are, and what is wrong with them."""
     from hbone.certs import describe
 
     facts = describe(file)
@@ -99,3 +108,59 @@ def show(*, file: str, as_json: bool) -> None:
         click.echo(json.dumps([_plain(one) for one in facts], indent=2))
     else:
         _print(file, facts)
+
+
+def _utc(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _plain(facts: CertificateFacts) -> dict[str, Any]:
+    texts = {"not_before": _utc(facts.not_before), "not_after": _utc(facts.not_after)}
+    return {**asdict(facts), "identity": str(facts.identity) if facts.identity else None, **texts}
+
+
+def _print(file: str, facts: list[CertificateFacts]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for number, one in enumerate(facts, 1):
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        rows = {
+            "identity": str(one.identity) if one.identity else None,
+            "subject": one.subject or "(empty)",
+            "issuer": one.issuer or "(empty)",
+            "valid": f"{_utc(one.not_before)} to {_utc(one.not_after)}{_left(one)}",
+            "key": one.key_type,
+            "names": "\n".join(one.names) or "(none)",
+            "may sign others": "yes: a CA" if one.is_ca else "no: a leaf",
+            "key usage": _words(one.key_usage),
+            "extended key usage": _words(one.extended_key_usage),
+            "serial": one.serial,
+            "SHA-256": one.fingerprint,
+        }
+        for name, value in rows.items():
+            if value is not None:
+                table.add_row(name, Text(value))  # Text: what is in a certificate is no markup
+        for warning in one.warnings:
+            table.add_row(Text("warning", "bold yellow"), Text(warning, "yellow"))
+        if len(facts) > 1:
+            console.print(Text(f"{file}, certificate {number} of {len(facts)}", "bold"))
+        console.print(table)
+        if number < len(facts):
+            console.print()
+
+
+def _left(facts: CertificateFacts) -> str:
+    left = facts.not_after - datetime.now(UTC)
+    if left <= timedelta(0):
+        return ""
+    hours = left.total_seconds() / 3600
+    return f" ({hours / 24:.0f} days left)" if hours >= 48 else f" ({hours:.1f} hours left)"
+
+
+def _words(usages: tuple[str, ...] | None) -> str:
+    return "(not restricted)" if usages is None else ", ".join(usages) or "(none)"

@@ -10,7 +10,16 @@ from typing import Final
 
 import click
 
-__all__ = ["EXIT_CODES_HELP", "BrokenTunnel", "CannotListen", "ExitCode", "Failure", "Interrupted", "NoTunnel", "explain"]
+__all__ = [
+    "EXIT_CODES_HELP",
+    "BrokenTunnel",
+    "CannotListen",
+    "ExitCode",
+    "Failure",
+    "Interrupted",
+    "NoTunnel",
+    "explain",
+]
 
 
 class ExitCode(IntEnum):

@@ -14,6 +14,7 @@ from hbone_cli._options import (
     Listen,
     ListenType,
     NodeOptions,
+    examples,
     identity_options,
     node_options,
 )
@@ -24,7 +25,18 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("inbound")
+@click.command(
+    "inbound",
+    short_help="Take tunnels from the mesh to applications.",
+    epilog=examples(
+        "One application on this machine:",
+        "  hbone inbound --ca ca --identity spiffe://cluster.local/ns/shop/sa/web --to 127.0.0.1:8080",
+        "All applications of this machine, for one namespace:",
+        "  hbone inbound --cert web.pem --key web.key --roots ca.pem --allow-peer 'spiffe://cluster.local/ns/shop/*'",
+        "A gateway to a network:",
+        "  hbone inbound --cert gw.pem --key gw.key --roots ca.pem --allow-target 10.1.0.0/16:5432",
+    ),
+)
 @click.option(
     "--listen",
     type=ListenType("0.0.0.0"),  # noqa: S104 - a node is there to be reached
@@ -64,14 +76,6 @@ def command(
 
     Without --to and --allow-target a tunnel may go only to the address at which the peer reached us, as in a mesh: a
     node is never an open relay because a flag was forgotten. 401, 400 or 503 tells a peer why it gets no tunnel.
-
-    \b
-    One application on this machine:
-      hbone inbound --ca ca --identity spiffe://cluster.local/ns/shop/sa/web --to 127.0.0.1:8080
-    All applications of this machine, for one namespace:
-      hbone inbound --cert web.pem --key web.key --roots roots.pem --allow-peer 'spiffe://cluster.local/ns/shop/*'
-    A gateway to a network:
-      hbone inbound --cert gw.pem --key gw.key --roots roots.pem --allow-target 10.1.0.0/16:5432
 
     The access log goes to standard output. SIGTERM drains; new certificate files are taken up without a restart.
     """

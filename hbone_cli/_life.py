@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import trio
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from hbone.telemetry import Metrics
     from hbone_cli._options import IdentityOptions, Listen, NodeOptions
 
-__all__ = ["Node", "Way", "raise_file_limit", "run_node"]
+__all__ = ["Node", "Way", "raise_file_limit", "run_node", "stop_signals"]
 
 #: More would only make whoever closes "all descriptors" slow.
 _ENOUGH_FILES: Final = 1 << 20
@@ -104,7 +105,7 @@ async def _run(
         open_node(source, access_log, metrics) as node,
         trio.open_nursery() as nursery,
     ):
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*stop_signals()) as signals:
             nursery.start_soon(source.run)  # type: ignore[attr-defined]
             readiness = await _serve_admin(nursery, options, metrics, reporter)
             for way in node.ways:
@@ -151,9 +152,7 @@ async def _serve_admin(
     return readiness
 
 
-async def _drain(
-    node: Node, deadline: float, first: signal.Signals, signals: object, reporter: Reporter
-) -> None:
+async def _drain(node: Node, deadline: float, first: signal.Signals, signals: object, reporter: Reporter) -> None:
     live = node.live()
     text = f"{first.name}: draining {live} connection{'' if live == 1 else 's'}, {deadline:g} s at most"
     reporter.event("draining", text, signal=first.name, connections=live, deadline=deadline)
@@ -168,10 +167,16 @@ async def _drain(
     reporter.event("stopped", "stopped")
 
 
-def _standard_output() -> object:
+def _standard_output() -> BinaryIO:
     if sys.stdout is None:  # it was closed when we were started
-        return open(os.devnull, "wb")  # noqa: SIM115 - for the rest of the process
+        return Path(os.devnull).open("wb")
     return sys.stdout.buffer
+
+
+def stop_signals(*, hang_up: bool = False) -> set[signal.Signals]:
+    """What ends us: SIGINT, SIGTERM and, if asked for, SIGHUP; but for those that nohup or a shell made us ignore."""
+    wanted = {signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hang_up else ())}
+    return {number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def raise_file_limit() -> None:

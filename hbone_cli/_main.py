@@ -48,7 +48,7 @@ class _Hbone(click.Group):
         extra["standalone_mode"] = False
         try:
             code = super().main(words, prog_name or "hbone", **extra)
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place before a traceback
+        except (Exception, KeyboardInterrupt) as error:
             failure = explain(error)
             Reporter(as_json="--json" in options).failure(failure)
             if failure.bug and {"-v", "-vv", "--verbose"} & set(options):
@@ -81,15 +81,12 @@ def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 def cli() -> None:
     """Tunnels of Istio's ambient mesh: TCP in HTTP/2 CONNECT in TLS 1.3, with SPIFFE identities on both sides.
 
-    \b
-    Where the application is:     hbone inbound  --ca ca --identity spiffe://cluster.local/ns/shop/sa/web --to 127.0.0.1:8080
-    Where its clients are:        hbone outbound --ca ca --identity spiffe://cluster.local/ns/shop/sa/cart --socks 1080
-    One tunnel in a pipe:         hbone connect 10.0.0.7:22 --cert cart.pem --key cart.key --roots roots.pem
-    Certificates for all that:    hbone ca init ca
+    "hbone inbound" stands before an application, "hbone outbound" before its clients. "hbone COMMAND --help" has
+    examples.
 
     Every option of a command can be given in the environment: HBONE_OUTBOUND_SOCKS=1080 is --socks 1080 of
-    "hbone outbound". Those that say who we are, and --via and --expect, are also read from HBONE_CERT, HBONE_KEY
-    and so on, for all commands.
+    "hbone outbound". Those that say who we are, --via and --expect are also read from HBONE_CERT, HBONE_VIA and so
+    on, for all commands.
     """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.core import ParameterSource
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hbone import Authority, CaSvidSource, Endpoint, FileSvidSource, InvalidCertificate, Svid
+
+    ParamType = click.ParamType[Any]
+else:  # older releases of click have no brackets
+    ParamType = click.ParamType
 
 __all__ = [
     "ALLOWED_NETWORKS",
@@ -25,13 +29,20 @@ __all__ = [
     "ListenType",
     "NodeOptions",
     "common_options",
+    "ParamType",
+    "examples",
     "expect_option",
     "identity_options",
     "node_options",
     "via_option",
 ]
 
-Command = TypeVar("Command", bound="Callable[..., Any]")
+Command: TypeAlias = "Callable[..., Any]"
+
+
+def examples(*lines: str) -> str:
+    """An epilog for help: a line of words, a command, and so on; kept as it is (click's backspace says so)."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 # === what texts mean ===
@@ -55,7 +66,7 @@ class Listen:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class _Text(click.ParamType):
+class _Text(ParamType):
     """A text that a function of ours reads."""
 
     def __init__(self, name: str, read: Callable[[str], Any]) -> None:
@@ -87,7 +98,7 @@ def _read_listen(text: str, *, host: str) -> Listen:
 
     if text.isascii() and text.isdigit():
         text = f"[{host}]:{text}" if ":" in host else f"{host}:{text}"
-    name, colon, port = text.rpartition(":")
+    name, _, port = text.rpartition(":")
     if name == "localhost":
         text = f"127.0.0.1:{port}"
     try:
@@ -195,7 +206,9 @@ class IdentityOptions:
         return self.source(interval=1, on_new=lambda _: None, on_error=lambda _: None).current()
 
 
-def _identity(cert: str | None, key: str | None, roots: str | None, ca: str | None, identity: str | None) -> IdentityOptions:
+def _identity(
+    cert: str | None, key: str | None, roots: str | None, ca: str | None, identity: str | None
+) -> IdentityOptions:
     files = {"cert": cert, "key": key, "roots": roots}
     authority = {"ca": ca, "identity": identity}
     if any(files.values()) and any(authority.values()):
@@ -211,7 +224,9 @@ def _identity(cert: str | None, key: str | None, roots: str | None, ca: str | No
     if len(missing) == len(wanted):
         raise click.UsageError("say who we are: --cert, --key and --roots, or --ca DIR and --identity spiffe://...")
     if missing:
-        raise click.UsageError(f"{' and '.join(missing)} missing: {', '.join(f'--{name}' for name in wanted)} go together")
+        raise click.UsageError(
+            f"{' and '.join(missing)} missing: {', '.join(f'--{name}' for name in wanted)} go together"
+        )
     if authority["identity"]:
         from hbone import InvalidIdentity, SpiffeIdentity
 
@@ -277,7 +292,7 @@ def node_options(function: Command) -> Command:
         )
         return function(options=options, **rest)
 
-    decorated = _decorate(
+    return _decorate(
         with_node,
         click.option(
             "--log-format",
@@ -308,17 +323,21 @@ def node_options(function: Command) -> Command:
             metavar="SECONDS",
             help="How often to look whether the certificate files have changed.",
         ),
+        common_options("Say where we listen, and what goes wrong, as JSON objects on standard error."),
     )
-    return common_options(decorated, "Say where we listen, and what goes wrong, as JSON objects on standard error.")
 
 
-def common_options(function: Command, json_help: str) -> Command:
+def common_options(json_help: str) -> Callable[[Command], Command]:
     """``--json`` and ``-v``."""
-    return _decorate(
-        function,
-        click.option("--json", is_flag=True, help=json_help),
-        click.option("-v", "--verbose", count=True, help="Log what happens on standard error; -vv: more."),
-    )
+
+    def decorate(function: Command) -> Command:
+        return _decorate(
+            function,
+            click.option("--json", is_flag=True, help=json_help),
+            click.option("-v", "--verbose", count=True, help="Log what happens on standard error; -vv: more."),
+        )
+
+    return decorate
 
 
 def via_option(function: Command) -> Command:

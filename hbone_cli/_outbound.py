@@ -14,6 +14,7 @@ from hbone_cli._options import (
     Listen,
     ListenType,
     NodeOptions,
+    examples,
     expect_option,
     identity_options,
     node_options,
@@ -28,7 +29,18 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("outbound")
+@click.command(
+    "outbound",
+    short_help="Carry applications' connections through the mesh.",
+    epilog=examples(
+        "A local port for a database:",
+        "  hbone outbound --ca ca --identity spiffe://cluster.local/ns/shop/sa/cart --forward 5432=10.0.0.9:5432",
+        "Proxies for anything else, through one node:",
+        "  hbone outbound --cert cart.pem --key cart.key --roots ca.pem --via 10.0.0.7 --socks 1080 --http-proxy 3128",
+        "Everything that the firewall redirects here:",
+        "  hbone outbound --cert cart.pem --key cart.key --roots ca.pem --capture --listen 0.0.0.0:15001",
+    ),
+)
 @click.option("--capture", is_flag=True, help="Take connections that the firewall redirects to --listen. Linux.")
 @click.option(
     "--listen",
@@ -82,14 +94,6 @@ def command(
     At least one way in is needed; several can be had at once. Those that an application is pointed at listen on
     127.0.0.1, unless an address is given: whoever can connect to them acts in our name.
 
-    \b
-    A local port for a database:
-      hbone outbound --ca ca --identity spiffe://cluster.local/ns/shop/sa/cart --forward 5432=10.0.0.9:5432
-    Proxies for anything else, through one node:
-      hbone outbound --cert cart.pem --key cart.key --roots roots.pem --via 10.0.0.7 --socks 1080 --http-proxy 3128
-    Everything that the firewall redirects here:
-      hbone outbound --cert cart.pem --key cart.key --roots roots.pem --capture --listen 0.0.0.0:15001
-
     An application whose tunnel cannot be had sees a reset connection, a SOCKS reply or an HTTP status; the access log
     on standard output says why. SIGTERM drains; new certificate files are taken up without a restart.
     """
@@ -120,7 +124,7 @@ def command(
         *(("--http-proxy", at) for at in http_proxy),
     ]
     warnings = tuple(
-        f"{option} {at}: whoever reaches this port goes through the mesh in our name; 127.0.0.1 would keep it to this machine"
+        f"{option} {at}: whoever reaches it goes through the mesh in our name; 127.0.0.1 keeps it to this machine"
         for option, at in entrances
         if not at.local
     )

@@ -1,0 +1,120 @@
+"""The work of ``hbone connect``: a session, a tunnel on it, and standard input and output at its other end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+import hbone
+from hbone_cli._errors import BrokenTunnel, Interrupted, NoTunnel
+from hbone_cli._life import stop_signals
+from hbone_cli._stdio import StandardStreams
+
+if TYPE_CHECKING:
+    from hbone_cli._output import Reporter
+
+__all__ = ["run_tunnel"]
+
+#: A slow line needs time for the last bytes of an upload, and who waits for the end of a pipe would rather have them.
+_TIMEOUTS: Final = hbone.Timeouts(close=10.0)
+
+
+def run_tunnel(
+    svid: hbone.Svid,
+    target: hbone.Authority,
+    hop: hbone.Authority | hbone.Endpoint,
+    expect: hbone.PeerPolicy | None,
+    reporter: Reporter | None,
+) -> None:
+    """Carry bytes until both directions have ended.
+
+    Raises:
+        ConnectFailed: there is no session.
+        NoTunnel: there is no tunnel on it.
+        BrokenTunnel: it broke under way.
+        Interrupted: by a signal.
+    """
+    trio.run(_run, svid, target, hop, expect, reporter)
+
+
+async def _run(
+    svid: hbone.Svid,
+    target: hbone.Authority,
+    hop: hbone.Authority | hbone.Endpoint,
+    expect: hbone.PeerPolicy | None,
+    reporter: Reporter | None,
+) -> None:
+    stopped: list[int] = []
+    with trio.open_signal_receiver(*stop_signals(hang_up=True)) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def stop_on_signal() -> None:
+                stopped.append(await anext(signals))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop_on_signal)
+            await _carry(svid, target, hop, expect, reporter)
+            nursery.cancel_scope.cancel()
+    if stopped:
+        raise Interrupted(stopped[0])
+
+
+class _EndOfTunnel(hbone.BaseObserver):
+    """Hears of a reset also when nobody reads from the tunnel any more: its direction may have ended before."""
+
+    def __init__(self) -> None:
+        self.error: hbone.HboneError | None = None
+        self.scope = trio.CancelScope()
+
+    def tunnel_closed(self, tunnel: hbone.Tunnel, error: hbone.HboneError | None) -> None:
+        if error is not None:
+            self.error = error
+            self.scope.cancel()
+
+
+async def _carry(
+    svid: hbone.Svid,
+    target: hbone.Authority,
+    hop: hbone.Authority | hbone.Endpoint,
+    expect: hbone.PeerPolicy | None,
+    reporter: Reporter | None,
+) -> None:
+    end = _EndOfTunnel()
+    host = hop.host if isinstance(hop, hbone.Authority) else str(hop.ip)
+    async with hbone.HBONEClient.connect(
+        host, hop.port, svid=svid, expect=expect, timeouts=_TIMEOUTS, observer=end
+    ) as client:
+        try:
+            tunnel = await client.open_tunnel(target)
+        except hbone.HboneError as error:
+            raise NoTunnel from error
+        if reporter is not None:
+            peer = client.peer
+            how = f"{peer.tls_version}, {peer.group}, {peer.cipher}"
+            text = f"tunnel to {target} by {peer.identity} at {peer.address}: {how}"
+            reporter.event("tunnel", text, target=target, peer=peer.identity, address=peer.address)
+        streams = StandardStreams(None if sys.stdin is None else 0, 1)
+        result = None
+        with end.scope:
+            result = await hbone.relay(streams, tunnel)
+        if streams.failure is not None:
+            raise _local_failure(streams.failure) from streams.failure
+        broken = end.error or (result.error if result is not None else None)
+        if broken is not None:
+            raise BrokenTunnel from _root(broken)
+        await tunnel.session.wait_uncongested()
+
+
+def _local_failure(failure: OSError) -> Exception:
+    if isinstance(failure, BrokenPipeError):  # as a program that had not asked for an error instead of SIGPIPE
+        return Interrupted(signal.SIGPIPE)
+    return BrokenTunnel()
+
+
+def _root(error: Exception) -> Exception:
+    """Streams break with trio's exceptions, whose causes say why."""
+    cause = error.__cause__
+    return cause if isinstance(error, trio.BrokenResourceError) and isinstance(cause, Exception) else error
