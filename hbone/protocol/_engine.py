@@ -8,11 +8,10 @@ Three parts share the work (docs/design/decisions.md says why):
 * **This module reads and writes frames.** It walks frame headers in whatever pieces the bytes come, hands DATA out
   as views without copying, counts both directions' flow-control windows, and checks everything that RFC 9113 lets
   us check on a frame by itself. Frames that are not DATA are gathered whole first; their size is bounded.
-* **h2 holds the life cycle**: which streams exist, who may still send, what SETTINGS are in force, which PING and
-  SETTINGS await an acknowledgement. It is only ever shown well-formed frames, with a header list of our own in
-  place of the peer's, because h2 ends the whole connection on things that must cost one stream: a malformed
-  CONNECT, an excess stream, a trailer, a content-length. For the same reason it never sees GOAWAY (it would close
-  all live tunnels), nor DATA and WINDOW_UPDATE (five times slower than here).
+* **h2 holds the life cycle**: its connection answers SETTINGS and PING, its stream state machine says of each stream
+  what may come next. It is shown neither whole requests, because it ends the connection on things that must cost one
+  stream (a malformed CONNECT, an excess stream, a trailer, a content-length), nor GOAWAY (it would close all live
+  tunnels), nor DATA and WINDOW_UPDATE (five times slower than here).
 * **hpack decodes header blocks**, each one exactly once and in order, even those of streams that are gone.
 
 Time is an argument: `now` is any clock in seconds that does not go back; `next_deadline` and `on_deadline` are all
@@ -34,6 +33,7 @@ import h2.exceptions
 import h2.settings
 import hpack
 import hpack.exceptions
+from h2.stream import H2StreamStateMachine, StreamInputs
 
 from hbone.errors import HboneError, LocalProtocolError, RemoteProtocolError, SessionClosed
 from hbone.protocol import _events as ev
@@ -86,12 +86,6 @@ _ON_SESSION: Final = frozenset((FrameType.SETTINGS, FrameType.PING, FrameType.GO
 #: Those of RFC 9113. ENABLE_CONNECT_PROTOCOL is not for us: we use no extended CONNECT.
 _KNOWN_SETTINGS: Final = frozenset(Setting) - {Setting.ENABLE_CONNECT_PROTOCOL}
 
-# What h2 sees in place of the peer's header lists and ours.
-_H2_REQUEST: Final = [(b":method", b"CONNECT"), (b":authority", b"-")]
-_H2_REQUEST_BLOCK: Final = encode_header_block(_H2_REQUEST)
-_H2_RESPONSE: Final = [(b":status", b"200")]
-_H2_RESPONSE_BLOCK: Final = encode_header_block(_H2_RESPONSE)
-
 #: The PING between the two GOAWAYs of a graceful drain, told from keep-alive by its payload.
 _KEEPALIVE: Final = b"hbone-ka"
 _DRAIN: Final = b"hbone-dr"
@@ -103,6 +97,7 @@ class Stream:
     __slots__ = (
         "answered",
         "id",
+        "life",
         "local_ended",
         "open",
         "recv_window",
@@ -114,6 +109,8 @@ class Stream:
 
     def __init__(self, stream_id: int, send_window: int, recv_window: int) -> None:
         self.id = stream_id
+        self.life = H2StreamStateMachine(stream_id)
+        """h2's table of what may come next (RFC 9113 section 5.1)."""
         self.send_window = send_window
         """Bytes that the peer still lets us send; may be negative (RFC 9113 section 6.9.2)."""
         self.recv_window = recv_window
@@ -328,10 +325,9 @@ class Engine:
             raise LocalProtocolError("no stream may be opened on this session now")
         stream_id = self._next_stream_id
         self._next_stream_id += 2
-        self._h2.send_headers(stream_id, _H2_REQUEST)
-        self._h2.clear_outbound_data_buffer()
         self._out += headers_frames(stream_id, self._encode(request.encode()), self.max_frame_size)
         stream = self.streams[stream_id] = Stream(stream_id, self._peer_initial_window, self._limits.stream_window)
+        stream.life.process_input(StreamInputs.SEND_HEADERS)
         self._unanswered[stream_id] = deadline
         return stream
 
@@ -343,8 +339,7 @@ class Engine:
         """
         stream = self._unanswered_request(stream_id)
         stream.answered = True
-        self._h2.send_headers(stream_id, _H2_RESPONSE)
-        self._h2.clear_outbound_data_buffer()
+        stream.life.process_input(StreamInputs.SEND_HEADERS)
         block = self._encode([(b":status", b"200"), *headers])
         self._out += headers_frames(stream_id, block, self.max_frame_size)
 
@@ -358,8 +353,8 @@ class Engine:
         """
         stream = self._unanswered_request(stream_id)
         stream.answered = True
-        self._h2.send_headers(stream_id, _H2_RESPONSE, end_stream=True)
-        self._h2.clear_outbound_data_buffer()
+        stream.life.process_input(StreamInputs.SEND_HEADERS)
+        stream.life.process_input(StreamInputs.SEND_END_STREAM)
         block = self._encode([(b":status", b"%d" % status), *headers])
         self._out += headers_frames(stream_id, block, self.max_frame_size, end_stream=True)
         stream.local_ended = True
@@ -378,8 +373,7 @@ class Engine:
         if stream is None or stream.local_ended:
             raise LocalProtocolError(f"stream {stream_id} has ended")
         stream.local_ended = True
-        self._h2.end_stream(stream_id)
-        self._h2.clear_outbound_data_buffer()
+        stream.life.process_input(StreamInputs.SEND_END_STREAM)
         self._out += frame_header(0, _DATA, _END_STREAM, stream_id)
         if stream.remote_ended:
             self._forget(stream)
@@ -448,11 +442,15 @@ class Engine:
         self._pull()
 
     def close(self, error_code: int = ErrorCode.NO_ERROR, debug: bytes = b"") -> None:
-        """Queue the last GOAWAY. Nothing more will be sent or understood."""
+        """Queue the last GOAWAY. Nothing more will be sent or understood: the streams are gone."""
         if self.closed:
             return
         self.closed = True
         self._out += goaway_frame(self.last_inbound_stream, error_code, debug)
+        for stream in self.streams.values():
+            stream.open = False
+        self.streams.clear()
+        self._unanswered.clear()
 
     # === what the peer sends ===
 
@@ -661,7 +659,7 @@ class Engine:
 
     def _remote_end(self, stream: Stream, events: list[ev.Event]) -> None:
         stream.remote_ended = True
-        self._h2.receive_data(frame_header(0, _DATA, _END_STREAM, stream.id))
+        stream.life.process_input(StreamInputs.RECV_END_STREAM)
         events.append(ev.StreamEnded(stream.id))
         if stream.local_ended:
             self._forget(stream)
@@ -778,10 +776,11 @@ class Engine:
         excess = len(self.streams) >= self._limits.max_concurrent_streams
         self.last_inbound_stream = stream_id
         ends = self._block_ends
-        flags = Flag.END_HEADERS | (_END_STREAM if ends else 0)
-        self._h2.receive_data(frame(FrameType.HEADERS, flags, stream_id, _H2_REQUEST_BLOCK))
         stream = self.streams[stream_id] = Stream(stream_id, self._peer_initial_window, self._limits.stream_window)
         stream.remote_ended = ends
+        stream.life.process_input(StreamInputs.RECV_HEADERS)
+        if ends:
+            stream.life.process_input(StreamInputs.RECV_END_STREAM)
         if self.draining or excess:
             self._control.spend(now, "refused streams")
             self._reset(stream, ErrorCode.REFUSED_STREAM)
@@ -842,7 +841,7 @@ class Engine:
         if not stream.refused or ends:
             # the body of a refusal stays under the deadline
             self._unanswered.pop(stream_id, None)
-        self._h2.receive_data(frame(FrameType.HEADERS, Flag.END_HEADERS, stream_id, _H2_RESPONSE_BLOCK))
+        stream.life.process_input(StreamInputs.RECV_HEADERS)
         events.append(ev.ResponseReceived(stream_id, response))
         if ends:
             self._remote_end(stream, events)
@@ -857,7 +856,7 @@ class Engine:
         if not self._client and not stream.answered:
             self._early_resets.spend(now, "requests reset before they were answered")
         unprocessed = self._client and not stream.answered and error_code == ErrorCode.REFUSED_STREAM
-        self._h2.receive_data(rst_stream_frame(stream_id, error_code))
+        stream.life.process_input(StreamInputs.RECV_RST_STREAM)
         self._forget(stream)
         events.append(ev.StreamReset(stream_id, error_code, True, unprocessed))
 
@@ -947,8 +946,7 @@ class Engine:
         events.append(ev.GoAwayReceived(last, error_code, payload[8:]))
         if self._client:
             for stream in [s for s in self.streams.values() if s.id > last]:
-                self._h2.reset_stream(stream.id)
-                self._h2.clear_outbound_data_buffer()
+                stream.life.process_input(StreamInputs.RECV_RST_STREAM)
                 self._forget(stream)
                 events.append(
                     ev.StreamReset(stream.id, ErrorCode.REFUSED_STREAM, True, not stream.answered, "GOAWAY below it")
@@ -986,8 +984,7 @@ class Engine:
         events.append(ev.StreamReset(stream.id, error_code, False, why=why))
 
     def _reset(self, stream: Stream, error_code: int) -> None:
-        self._h2.reset_stream(stream.id, error_code)
-        self._h2.clear_outbound_data_buffer()
+        stream.life.process_input(StreamInputs.SEND_RST_STREAM)
         self._out += rst_stream_frame(stream.id, error_code)
         self._remember_reset(stream.id)
         self._forget(stream)
