@@ -367,11 +367,13 @@ class Engine:
         """Queue the end of our half: an empty DATA frame with END_STREAM (RFC 9113 section 8.5).
 
         Raises:
-            LocalProtocolError: our half has ended before, or the stream is gone.
+            LocalProtocolError: our half has ended before, the stream is gone, or (server) was not answered.
         """
         stream = self.streams.get(stream_id)
         if stream is None or stream.local_ended:
             raise LocalProtocolError(f"stream {stream_id} has ended")
+        if not (stream.answered or self._client):
+            raise LocalProtocolError(f"stream {stream_id} has a request that waits for an answer")
         stream.local_ended = True
         stream.life.process_input(StreamInputs.SEND_END_STREAM)
         self._out += frame_header(0, _DATA, _END_STREAM, stream_id)
