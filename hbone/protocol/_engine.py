@@ -822,11 +822,10 @@ class Engine:
             self._stream_error(stream, ErrorCode.STREAM_CLOSED, "HEADERS after END_STREAM", now, events)
             return
         if stream.answered:
-            if stream.refused:  # trailers of a refusal's body
-                if ends:
-                    self._remote_end(stream, events)
-                return
-            self._stream_error(stream, ErrorCode.PROTOCOL_ERROR, "HEADERS inside a tunnel", now, events)
+            if stream.refused and ends:  # trailers of a refusal's body
+                self._remote_end(stream, events)
+            else:
+                self._stream_error(stream, ErrorCode.PROTOCOL_ERROR, "HEADERS inside a tunnel", now, events)
             return
         try:
             response = connect_response_untrusted(headers)
