@@ -70,7 +70,8 @@ def _comparable(events: list[Event]) -> list[object]:
 def streams_of(engine: Engine) -> dict[int, tuple[object, ...]]:
     """The streams that an engine knows, as values."""
     return {
-        i: tuple(getattr(s, name) for name in type(s).__slots__) for i, s in sorted(engine.streams.items())
+        i: (s.life.state, *(getattr(s, name) for name in type(s).__slots__ if name != "life"))
+        for i, s in sorted(engine.streams.items())
     }
 
 
