@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+import socket
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
@@ -17,6 +18,7 @@ __all__ = [
     "ExitCode",
     "Failure",
     "Interrupted",
+    "NoSession",
     "NoTunnel",
     "explain",
 ]
@@ -67,6 +69,18 @@ class CannotListen(Exception):
         self.what = what
         self.where = where
         self.problem = problem
+
+
+class NoSession(Exception):
+    """There is no session with the next hop; the cause says why.
+
+    Attributes:
+        where: the next hop.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
 
 
 class NoTunnel(Exception):
@@ -145,7 +159,9 @@ def _explain_hbone(error: BaseException) -> Failure | None:
 
     no_tunnel = isinstance(error, NoTunnel)
     broken = isinstance(error, BrokenTunnel)
-    cause = error.__cause__ if (no_tunnel or broken) and error.__cause__ is not None else error
+    where = f" at {error.where}" if isinstance(error, NoSession) else ""
+    wrapped = isinstance(error, NoSession | NoTunnel | BrokenTunnel) and error.__cause__ is not None
+    cause: BaseException | None = error.__cause__ if wrapped else error
     text = str(cause) or type(cause).__name__
     if broken:
         return _failure("broken", ExitCode.BROKEN, f"tunnel broken: {text}")
@@ -158,11 +174,11 @@ def _explain_hbone(error: BaseException) -> Failure | None:
             return _failure(
                 "peer-identity",
                 ExitCode.PEER_IDENTITY,
-                f"wrong peer: {text}; if that is who you want, say so with --expect",
+                f"wrong peer{where}: {text}; if that is who you want, say so with --expect",
                 presented=cause.presented,
             )
         case hbone.IdentityRefused():
-            return _failure("our-identity", ExitCode.OUR_IDENTITY, f"we are refused: {text}")
+            return _failure("our-identity", ExitCode.OUR_IDENTITY, f"we are refused{where}: {text}")
         case hbone.PolicyDenied():
             kind, code, advice = "denied", ExitCode.DENIED, "ask its operator to allow our identity"
         case hbone.BadTarget():
@@ -177,12 +193,14 @@ def _explain_hbone(error: BaseException) -> Failure | None:
             return _failure("broken", ExitCode.BROKEN, f"no tunnel: {text}; try again")
         case hbone.ConnectFailed() if no_tunnel:
             return _failure("refused", ExitCode.REFUSED, f"no tunnel: {text}; the peer's log may say why")
+        case hbone.ConnectFailed() if isinstance(cause.__cause__, socket.gaierror):
+            return _failure("connect", ExitCode.CONNECT, f"cannot connect: {text}; check the name, or use an address")
         case hbone.ConnectFailed() if failure_cause(cause) in ("network", "timeout"):
-            return _failure(
-                "connect", ExitCode.CONNECT, f"cannot connect: {text}; is the node up, and is this its HBONE port?"
-            )
+            text = f"cannot connect: {text}; is the node up, and is this its HBONE port?"
+            return _failure("connect", ExitCode.CONNECT, text)
         case hbone.ConnectFailed() | hbone.ProtocolError():
-            return _failure("protocol", ExitCode.PROTOCOL, f"no session: {text}")
+            text = f"no session{where}: {text}; is this its HBONE port, with nothing in between that ends TLS?"
+            return _failure("protocol", ExitCode.PROTOCOL, text)
         case hbone.HboneError():
             return _failure("refused", ExitCode.REFUSED, f"no tunnel: {text}")
         case _:
@@ -195,6 +213,8 @@ def _failure(kind: str, code: int, message: str, *, bug: bool = False, **facts: 
 
 
 def _interrupted(number: int) -> Failure:
+    if number == signal.SIGPIPE:
+        return _failure("interrupted", 128 + number, "standard output: nobody reads it any more")
     return _failure("interrupted", 128 + number, f"interrupted by {signal.Signals(number).name}")
 
 

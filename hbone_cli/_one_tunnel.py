@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 import hbone
-from hbone_cli._errors import BrokenTunnel, Interrupted, NoTunnel
+from hbone_cli._errors import BrokenTunnel, Interrupted, NoSession, NoTunnel
 from hbone_cli._life import stop_signals
 from hbone_cli._stdio import StandardStreams
 
@@ -84,9 +85,14 @@ async def _carry(
 ) -> None:
     end = _EndOfTunnel()
     host = hop.host if isinstance(hop, hbone.Authority) else str(hop.ip)
-    async with hbone.HBONEClient.connect(
-        host, hop.port, svid=svid, expect=expect, timeouts=_TIMEOUTS, observer=end
-    ) as client:
+    async with AsyncExitStack() as stack:
+        connecting = hbone.HBONEClient.connect(
+            host, hop.port, svid=svid, expect=expect, timeouts=_TIMEOUTS, observer=end
+        )
+        try:
+            client = await stack.enter_async_context(connecting)
+        except hbone.HboneError as error:
+            raise NoSession(str(hop)) from error
         try:
             tunnel = await client.open_tunnel(target)
         except hbone.HboneError as error:
