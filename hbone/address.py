@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -66,7 +67,7 @@ class Authority:
     def ip(self) -> IPAddress | None:
         """The host as an IP address, or None when it is a name."""
         try:
-            return ipaddress.ip_address(self.host)
+            return _parse_ip(self.host)
         except ValueError:
             return None
 
@@ -116,7 +117,7 @@ class Endpoint:
         """
         host, port = _split(text)
         try:
-            return cls(ipaddress.ip_address(host), port)
+            return cls(_parse_ip(host), port)
         except InvalidAddress as problem:
             raise InvalidAddress(f"{_shown(text)}: {problem}") from None
         except ValueError:
@@ -137,7 +138,7 @@ class Endpoint:
             case _:
                 raise InvalidAddress(f"{_shown(repr(sockaddr))} is not the address of an IP socket")
         try:
-            return cls(ipaddress.ip_address(host), port)
+            return cls(_parse_ip(host), port)
         except InvalidAddress:
             raise
         except ValueError:
@@ -181,11 +182,16 @@ def _split(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+# A proxy sees few addresses, each of them thousands of times a second, and parsing one takes 2 us.
+_parse_ip = lru_cache(maxsize=4096)(ipaddress.ip_address)
+
+
+@lru_cache(maxsize=4096)
 def _canonical_host(host: str) -> str:
     if "%" in host:
         raise InvalidAddress(f"the host {_shown(host)} has a '%'; neither zones nor percent encoding are allowed")
     try:
-        return str(_unmapped(ipaddress.ip_address(host)))
+        return str(_unmapped(_parse_ip(host)))
     except ValueError:
         pass
     if not host:

@@ -74,7 +74,8 @@ class OutboundProxy:
             observer=MetricsObserver(metrics) if metrics is not None else None,
         )
         self._listening: set[trio.CancelScope] = set()
-        self._live: dict[trio.CancelScope, None] = {}
+        self._serving: set[trio.CancelScope] = set()
+        self._live = 0
         self._none_live = trio.Event()
         self._draining = False
 
@@ -90,7 +91,7 @@ class OutboundProxy:
     @property
     def connections(self) -> int:
         """Applications' connections that are being served."""
-        return len(self._live)
+        return self._live
 
     def statistics(self) -> PoolStatistics:
         """The pool's numbers."""
@@ -155,7 +156,7 @@ class OutboundProxy:
             while self._live:
                 self._none_live = trio.Event()
                 await self._none_live.wait()
-        for scope in self._live:
+        for scope in self._serving:
             scope.cancel()
         await self._pool.aclose()
 
@@ -167,6 +168,7 @@ class OutboundProxy:
     ) -> None:
         try:
             async with trio.open_nursery() as nursery:
+                self._serving.add(nursery.cancel_scope)
 
                 def handle(sock: socket.socket) -> None:
                     nursery.start_soon(self._connection, sock, accept_way)
@@ -181,17 +183,17 @@ class OutboundProxy:
                 listener.close()
         finally:
             self._listening.discard(scope)
+            self._serving.discard(nursery.cancel_scope)
             listener.close()
 
     async def _connection(self, sock: socket.socket, accept_way: Callable[[socket.socket], Awaitable[WayIn]]) -> None:
-        with trio.CancelScope() as scope:
-            self._live[scope] = None
-            try:
-                await self._carry(sock, accept_way)
-            finally:
-                del self._live[scope]
-                if not self._live:
-                    self._none_live.set()
+        self._live += 1
+        try:
+            await self._carry(sock, accept_way)
+        finally:
+            self._live -= 1
+            if not self._live:
+                self._none_live.set()
 
     async def _carry(self, sock: socket.socket, accept_way: Callable[[socket.socket], Awaitable[WayIn]]) -> None:
         began = trio.current_time()

@@ -203,6 +203,8 @@ class Link:
             self.tunnel_ended(tunnel.reset_error)
         elif tunnel.eof_received:
             self.feed_eof()
+        if not self._done and self._interest & READABLE:
+            self._read()  # whoever asked for a tunnel has mostly written into it already: do not wait for the poller
         tunnel.session.flush()
 
     async def wait(self) -> None:

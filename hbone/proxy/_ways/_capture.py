@@ -16,8 +16,6 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
-import trio
-
 from hbone.address import Endpoint
 from hbone.errors import InvalidAddress
 from hbone.proxy._ways._base import BadHandshake, SilentWayIn, peer_of, reset
@@ -91,7 +89,6 @@ async def accept_captured(sock: socket.socket, *, own_ports: Collection[int]) ->
         if isinstance(error, BadHandshake):
             raise
         raise BadHandshake(f"cannot go to {destination}: {error}") from None
-    await trio.lowlevel.cancel_shielded_checkpoint()
     return SilentWayIn(target=target, source=source, sock=sock)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import trio
-
 from hbone.proxy._ways._base import BadHandshake, SilentWayIn, peer_of, reset
 
 if TYPE_CHECKING:
@@ -27,5 +25,4 @@ async def accept_forward(sock: socket.socket, target: Authority) -> SilentWayIn:
     except OSError as error:
         reset(sock)
         raise BadHandshake("the application left at once") from error
-    await trio.lowlevel.cancel_shielded_checkpoint()
     return SilentWayIn(target=target, source=source, sock=sock)
