@@ -23,6 +23,7 @@ A *session error* is the last event, `SessionFailed`, with GOAWAY queued. `recei
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -280,9 +281,11 @@ class Engine:
         return max(0, self.max_outbound_streams - len(self.streams))
 
     def next_deadline(self) -> float:
-        """When `on_deadline` wants to be called next, on the driver's clock."""
+        """When `on_deadline` wants to be called next, on the driver's clock; infinity once the session is closed."""
+        if self.closed:
+            return math.inf
         ping = self._next_ping if self._ping_sent is None else self._ping_sent + self._ping_timeout
-        return min(ping, next(iter(self._unanswered.values()), ping))
+        return min(ping, min(self._unanswered.values(), default=ping))
 
     def on_deadline(self, now: float) -> list[ev.Event]:
         """Do what is due: send a PING, give up on one, or give up on requests without an answer."""
