@@ -938,6 +938,7 @@ class Engine:
             self._out += goaway_frame(self.last_inbound_stream, ErrorCode.NO_ERROR)
         else:
             self._control.spend(now, "PING acknowledgements")
+            return
         events.append(ev.PingAcknowledged(payload))
 
     def _goaway(self, payload: bytes, now: float, events: list[ev.Event]) -> None:
