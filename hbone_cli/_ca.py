@@ -121,35 +121,33 @@ def _plain(facts: CertificateFacts) -> dict[str, Any]:
 
 def _print(file: str, facts: list[CertificateFacts]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
+
+    def say(name: str, value: str, style: str = "") -> None:
+        for index, line in enumerate(value.splitlines()):
+            # Text: what is in a certificate is no markup.
+            label = (f"{'' if index else name:<20}", style or "dim")
+            console.print(Text.assemble(label, (line, style)), soft_wrap=True)
+
     for number, one in enumerate(facts, 1):
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(overflow="fold")
-        rows = {
-            "identity": str(one.identity) if one.identity else None,
-            "subject": one.subject or "(empty)",
-            "issuer": one.issuer or "(empty)",
-            "valid": f"{_utc(one.not_before)} to {_utc(one.not_after)}{_left(one)}",
-            "key": one.key_type,
-            "names": "\n".join(one.names) or "(none)",
-            "may sign others": "yes: a CA" if one.is_ca else "no: a leaf",
-            "key usage": _words(one.key_usage),
-            "extended key usage": _words(one.extended_key_usage),
-            "serial": one.serial,
-            "SHA-256": one.fingerprint,
-        }
-        for name, value in rows.items():
-            if value is not None:
-                table.add_row(name, Text(value))  # Text: what is in a certificate is no markup
-        for warning in one.warnings:
-            table.add_row(Text("warning", "bold yellow"), Text(warning, "yellow"))
         if len(facts) > 1:
-            console.print(Text(f"{file}, certificate {number} of {len(facts)}", "bold"))
-        console.print(table)
+            console.print(Text(f"{file}, certificate {number} of {len(facts)}", "bold"), soft_wrap=True)
+        if one.identity is not None:
+            say("identity", str(one.identity))
+        say("subject", one.subject or "(empty)")
+        say("issuer", one.issuer or "(empty)")
+        say("valid", f"{_utc(one.not_before)} to {_utc(one.not_after)}{_left(one)}")
+        say("key", one.key_type)
+        say("names", "\n".join(one.names) or "(none)")
+        say("may sign others", "yes: a CA" if one.is_ca else "no: a leaf")
+        say("key usage", _words(one.key_usage))
+        say("extended key usage", _words(one.extended_key_usage))
+        say("serial", one.serial)
+        say("SHA-256", one.fingerprint)
+        for warning in one.warnings:
+            say("warning", warning, "yellow")
         if number < len(facts):
             console.print()
 
