@@ -664,6 +664,8 @@ class Engine:
 
     def _remote_end(self, stream: Stream, events: list[ev.Event]) -> None:
         stream.remote_ended = True
+        if stream.refused:
+            self._unanswered.pop(stream.id, None)
         stream.life.process_input(StreamInputs.RECV_END_STREAM)
         events.append(ev.StreamEnded(stream.id))
         if stream.local_ended:
