@@ -743,6 +743,8 @@ class Engine:
             start, padding = 1, payload[0]
         if flags & Flag.PRIORITY:
             start += 5
+        if start > len(payload):
+            raise RemoteProtocolError("HEADERS without room for its priority", ErrorCode.FRAME_SIZE_ERROR)
         if start + padding > len(payload):
             raise RemoteProtocolError("padding is longer than the frame")
         self._block = bytearray(payload[start : len(payload) - padding])
@@ -774,12 +776,12 @@ class Engine:
             code = ErrorCode.STREAM_CLOSED if live.remote_ended else ErrorCode.PROTOCOL_ERROR
             self._stream_error(live, code, "HEADERS inside a tunnel", now, events)
             return
+        if not stream_id % 2:
+            raise RemoteProtocolError(f"HEADERS on stream {stream_id}, which is not the client's to open")
         if stream_id <= self.last_inbound_stream:
             if stream_id not in self._resets:
                 raise RemoteProtocolError(f"HEADERS on closed stream {stream_id}", ErrorCode.STREAM_CLOSED)
             return
-        if not stream_id % 2:
-            raise RemoteProtocolError(f"HEADERS on stream {stream_id}, which is not the client's to open")
         excess = len(self.streams) >= self._limits.max_concurrent_streams
         self.last_inbound_stream = stream_id
         ends = self._block_ends
