@@ -760,7 +760,8 @@ class Engine:
         except hpack.exceptions.OversizedHeaderListError:
             raise RemoteProtocolError("a header list is too large", ErrorCode.ENHANCE_YOUR_CALM) from None
         except hpack.exceptions.HPACKError as error:
-            raise RemoteProtocolError(f"a header block is broken: {error}", ErrorCode.COMPRESSION_ERROR) from None
+            # not in its words: some name an address of our memory, and GOAWAY would carry that to the peer
+            raise RemoteProtocolError("a header block is broken", ErrorCode.COMPRESSION_ERROR) from error
         plain = [(bytes(name), bytes(value)) for name, value in headers]
         if self._client:
             self._response(self._block_stream, plain, now, events)
