@@ -223,7 +223,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
                 await trio.lowlevel.wait_task_rescheduled(self._abort_receive)
         finally:
             task.custom_sleep_data = None
-            self._receiver = None
+            self._receiver = None  # not sooner: the next receiver would be forgotten
         if max_bytes is None or len(self._buffer) <= max_bytes:
             data: bytes | bytearray = self._buffer
             self._buffer = None
@@ -308,7 +308,8 @@ class Tunnel(trio.abc.HalfCloseableStream):
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _abort_receive(self, _: object) -> trio.lowlevel.Abort:
-        self._receiver = None
+        assert self._receiver is not None
+        self._receiver.custom_sleep_data = None  # it is on its way: nobody must wake it again
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _wake(self, task: trio.lowlevel.Task | None) -> None:
