@@ -472,6 +472,11 @@ class Session:
         for tunnel in queue:
             tunnel.credit_came()
 
+    def return_credit(self, count: int) -> None:
+        """Credit that was taken for a tunnel which ended before it could use it."""
+        self.engine.send_window += count
+        self._share_credit()
+
     # === opening and ending ===
 
     async def open_tunnel(

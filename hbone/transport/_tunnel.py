@@ -50,6 +50,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
         "_closed",
         "_eof",
         "_error",
+        "_granted",
         "_link",
         "_receiver",
         "_sender",
@@ -57,6 +58,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
         "_sent_eof",
         "_session",
         "_waiter",
+        "_wanted",
         "bytes_received",
         "bytes_sent",
         "established",
@@ -85,6 +87,9 @@ class Tunnel(trio.abc.HalfCloseableStream):
         self._receiver: trio.lowlevel.Task | None = None
         self._sender: trio.lowlevel.Task | None = None
         self._sending = False
+        self._wanted = 0
+        self._granted = 0
+        """Credit that was taken for the sender while it waited."""
         self._waiter: trio.lowlevel.Task | HboneError | None = None
 
     def __repr__(self) -> str:
@@ -142,8 +147,8 @@ class Tunnel(trio.abc.HalfCloseableStream):
                     turn = _SHORT_TURN if session.credit_queue else _TURN
                     credit = session.engine.take_credit(stream, min(size - done, turn))
                     if not credit:
-                        await self._wait_credit()
-                    else:
+                        credit = await self._wait_credit(size - done)
+                    if credit:
                         self.bytes_sent += credit
                         session.send_view(stream.id, view[done : done + credit])
                         done += credit
@@ -166,7 +171,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             self._check_sendable()
             while self.stream.send_window <= 0 or self._session.engine.send_window <= 0:
-                await self._wait_credit()
+                await self._wait_credit(0)
                 self._check_sendable()
             await self._session.wait_uncongested()
         finally:
@@ -290,11 +295,16 @@ class Tunnel(trio.abc.HalfCloseableStream):
         if not self.stream.open:
             session.forget(self, None)
 
-    async def _wait_credit(self) -> None:
-        """Wait until credit may have come; for the session's in turn."""
+    async def _wait_credit(self, wanted: int) -> int:
+        """Wait for credit, for the session's in turn. Returns how much of `wanted` bytes was taken of it.
+
+        It is taken at the moment it comes, in the order of the queue: trio wakes tasks in any order, and whoever
+        happened to run first would take everything, again and again.
+        """
         queue = self._session.credit_queue
         if self._session.engine.send_window <= 0 and self not in queue:
             queue.append(self)
+        self._wanted = wanted
         self._sender = task = trio.lowlevel.current_task()
         task.custom_sleep_data = self
         try:
@@ -302,6 +312,11 @@ class Tunnel(trio.abc.HalfCloseableStream):
         finally:
             task.custom_sleep_data = None
             self._sender = None
+        granted, self._granted = self._granted, 0
+        if granted and (self._closed or self._error is not None):
+            self._session.return_credit(granted)
+            return 0
+        return granted
 
     def _abort_send(self, _: object) -> trio.lowlevel.Abort:
         self._sender = None
@@ -387,8 +402,18 @@ class Tunnel(trio.abc.HalfCloseableStream):
         """A window opened."""
         if self._link is not None:
             self._link.credit_came()
-        else:
-            self._wake(self._sender)
+            return
+        task = self._sender
+        if task is None or task.custom_sleep_data is not self:
+            return
+        session = self._session
+        if self._wanted:
+            self._granted = session.engine.take_credit(self.stream, min(self._wanted, _SHORT_TURN))
+            if not self._granted:
+                if session.engine.send_window <= 0 and self not in session.credit_queue:
+                    session.credit_queue.append(self)
+                return
+        self._wake(task)
 
     def sending_failed(self, error: SessionClosed) -> None:
         """Nothing can be written any more; what was sent to us may still come."""
