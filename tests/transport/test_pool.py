@@ -481,6 +481,7 @@ async def test_a_failed_dial_reaches_all_who_wait_each_with_an_error_of_its_own(
     pool, dial = make_pool(FakeDialler(script=[failure]))
     async with pool, trio.open_nursery() as nursery:
         asked = [ask(nursery, pool) for _ in range(5)]
+        await trio.sleep(0.01)  # so that its dial ends first
         elsewhere = ask(nursery, pool, "10.0.0.8:80")
         await trio.sleep(1)
         errors = [one.error for one in asked]
