@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -25,6 +26,10 @@ _log: Final = logging.getLogger("hbone")
 _BACKLOG: Final = 1024
 #: ztunnel's values: a dead peer is noticed after 180 s + 9 * 180 s when it is not noticed by PING before.
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 180, "TCP_KEEPINTVL": 180, "TCP_KEEPCNT": 9}
+
+
+# A proxy connects to few addresses, again and again.
+_parse_ip = lru_cache(maxsize=1024)(ipaddress.ip_address)
 
 
 async def connect_tcp(
@@ -46,18 +51,19 @@ async def connect_tcp(
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        address: IPAddress | None = ipaddress.ip_address(host)
+        address: IPAddress | None = _parse_ip(host)
     except ValueError:
         address = None
+    sock: socket.socket | None = None
     try:
-        with trio.fail_after(timeout):
+        with trio.move_on_after(timeout):
             if address is None:
                 sock = await _connect_name(host, port)
             else:
                 sock = await _connect_address(address, port, source_ip)
-    except trio.TooSlowError:
-        hint = "; a NetworkPolicy or firewall may block port 15008" if port == 15008 else ""
-        raise ConnectFailed(f"connecting to {where} timed out after {timeout:g} s{hint}") from None
+        if sock is None:
+            hint = "; a NetworkPolicy or firewall may block port 15008" if port == 15008 else ""
+            raise ConnectFailed(f"connecting to {where} timed out after {timeout:g} s{hint}") from trio.TooSlowError()
     except socket.gaierror as exc:
         raise ConnectFailed(f"{host} does not resolve: {exc.strerror or exc}") from exc
     except OSError as exc:
