@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, assert_never
 
 import trio
 
@@ -427,6 +427,8 @@ class ConnectionPool:
                     entry.session.close_soon()
                 case Abandon(entry):
                     self._dials[entry].cancel()
+                case _:
+                    assert_never(action)
 
     async def _dial(self, entry: PooledEntry[PooledSession], svid: Svid | None) -> None:
         assert self._nursery is not None
@@ -504,6 +506,8 @@ def _next_hop(via: str | Endpoint | Authority | None, target: Authority) -> Endp
             if "%" in text:  # a zone, which only an address of our own side may have
                 return Endpoint.parse(text)
             hop = Authority.parse(text)
+        case _:
+            assert_never(via)
     return hop if hop.ip is None else Endpoint(hop.ip, hop.port)
 
 
