@@ -5,9 +5,14 @@ Told what happens, never asked: nothing here changes what a tunnel does. The cor
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from hbone.telemetry._access_log import AccessLog, AccessRecord, Direction, LogFormat, format_json, format_plain
-from hbone.telemetry._metrics import Metrics, OpenConnection, failure_cause, response_flag
+from hbone.telemetry._cause import failure_cause, response_flag
 from hbone.telemetry._observer import MetricsObserver
+
+if TYPE_CHECKING:
+    from hbone.telemetry._metrics import Metrics, OpenConnection
 
 __all__ = [
     "AccessLog",
@@ -22,3 +27,12 @@ __all__ = [
     "format_plain",
     "response_flag",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # prometheus-client brings an HTTP server along, 2 MB that a proxy without metrics has no use for.
+    if name in ("Metrics", "OpenConnection"):
+        from hbone.telemetry import _metrics
+
+        return getattr(_metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,27 +22,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from hbone.errors import (
-    CertificateUnavailable,
-    ConnectFailed,
-    IdentityRefused,
-    PeerIdentityMismatch,
-    ProtocolError,
-    RequestRejected,
-    SessionClosed,
-    TunnelRefused,
-)
+from hbone.telemetry._cause import NO_FLAG, OTHER, failure_cause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from prometheus_client.metrics_core import Metric
 
-__all__ = ["Metrics", "OpenConnection", "failure_cause", "response_flag"]
+__all__ = ["Metrics", "OpenConnection"]
 
 UNKNOWN = "unknown"
-OTHER = "other"
-NO_FLAG = "-"
 
 _FLAGS = frozenset(
     {
@@ -68,72 +57,6 @@ _TCP_LABELS = (
     "connection_security_policy",
 )
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from or because of, outermost first; bounded, in case of a loop."""
-    current: BaseException | None = error
-    for _ in range(10):
-        if current is None:
-            return
-        yield current
-        # ``from None`` hides a context from readers of a traceback; it is still what happened.
-        current = current.__cause__ or current.__context__
-
-
-def _timed_out(error: BaseException) -> bool:
-    return any(isinstance(e, TimeoutError) or type(e).__name__ == "TooSlowError" for e in _causes(error))
-
-
-def response_flag(error: BaseException | None) -> str:
-    """Istio's response flag for how a connection ended.
-
-    ``-`` went well; ``DENY`` policy said no here; ``TLS_FAILURE`` one side does not accept the other's identity;
-    ``H2_HANDSHAKE_FAILURE`` the peer broke the protocol; ``NETWORK_POLICY`` the peer's port does not answer at all;
-    ``IDENTITY_ERROR`` we have no certificate; ``CONNECT`` everything else, also a CONNECT that the peer refused.
-    """
-    match error:
-        case None:
-            return NO_FLAG
-        case RequestRejected(flag=str(flag)):
-            return flag
-        case RequestRejected(status=401 | 403):
-            return "DENY"
-        case PeerIdentityMismatch() | IdentityRefused():
-            return "TLS_FAILURE"
-        case CertificateUnavailable():
-            return "IDENTITY_ERROR"
-        case ProtocolError():
-            return "H2_HANDSHAKE_FAILURE"
-        case ConnectFailed() if not isinstance(error, SessionClosed) and _timed_out(error):
-            return "NETWORK_POLICY"
-        case _:
-            return "CONNECT"
-
-
-def failure_cause(error: BaseException) -> str:
-    """One of a few words for why a handshake failed or a session ended; the label of the counters."""
-    match error:
-        case PeerIdentityMismatch():
-            return "peer_identity"
-        case IdentityRefused():
-            return "identity_refused"
-        case CertificateUnavailable():
-            return "no_certificate"
-        case TunnelRefused():
-            return "refused"
-        case ProtocolError():
-            return "protocol"
-        case _ if _timed_out(error):
-            return "timeout"
-        case SessionClosed():
-            return "closed"
-        case _ if any(isinstance(e, OSError) for e in _causes(error)):
-            return "network"
-        case ConnectFailed():
-            return "tls"
-        case _:
-            return OTHER
 
 
 class _Histogram:
