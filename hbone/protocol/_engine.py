@@ -860,7 +860,10 @@ class Engine:
         if stream is None:
             if self._is_idle(stream_id):
                 raise RemoteProtocolError(f"RST_STREAM on stream {stream_id}, which was never opened")
-            self._control.spend(now, "RST_STREAM frames on closed streams")
+            if stream_id in self._resets:
+                del self._resets[stream_id]  # it crossed ours, and is the last frame there; no charge
+            else:
+                self._control.spend(now, "RST_STREAM frames on closed streams")
             return
         if not self._client and not stream.answered:
             self._early_resets.spend(now, "requests reset before they were answered")
