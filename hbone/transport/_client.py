@@ -76,7 +76,11 @@ async def open_session(
     """
     timeouts = timeouts or Timeouts()
     sock = await connect_tcp(host, port, timeout=timeouts.connect, source_ip=source_ip)
-    carrier = SocketCarrier(sock, client_connection(svid.current(), policy, sock))
+    try:
+        carrier = SocketCarrier(sock, client_connection(svid.current(), policy, sock))
+    except BaseException:  # no SVID
+        sock.close()
+        raise
     return await _start(nursery, carrier, sock, limits or Limits(), timeouts, observer)
 
 
@@ -91,7 +95,11 @@ async def open_session_over(
     observer: Observer | None = None,
 ) -> Session:
     """The same over a stream that you have."""
-    carrier = StreamCarrier(stream, client_connection(svid.current(), policy))
+    try:
+        carrier = StreamCarrier(stream, client_connection(svid.current(), policy))
+    except BaseException:  # no SVID
+        await trio.aclose_forcefully(stream)
+        raise
     return await _start(nursery, carrier, None, limits or Limits(), timeouts or Timeouts(), observer)
 
 
@@ -105,17 +113,19 @@ async def shake_hands(
     """
     began = trio.current_time()
     try:
+        address = local = None
+        if sock is not None:
+            # Not after the handshake: a server may have judged our certificate and closed by then, and its alert,
+            # which says why, is still to be read.
+            try:
+                address, local = Endpoint.from_sockaddr(sock.getpeername()), Endpoint.from_sockaddr(sock.getsockname())
+            except OSError as exc:
+                raise ConnectFailed("the peer closed the connection before the TLS handshake") from exc
         with trio.move_on_after(timeouts.handshake) as scope:
             await carrier.handshake()
         if scope.cancelled_caught:
             raise ConnectFailed(f"the TLS handshake did not end within {timeouts.handshake:g} s")
         facts = peer_facts(carrier.connection)
-        address = local = None
-        if sock is not None:
-            try:
-                address, local = Endpoint.from_sockaddr(sock.getpeername()), Endpoint.from_sockaddr(sock.getsockname())
-            except OSError as exc:
-                raise ConnectFailed("the peer closed the connection after the TLS handshake") from exc
     except HboneError as exc:
         if observer is not None:
             seconds = trio.current_time() - began
