@@ -108,9 +108,9 @@ def _parse_network(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Net
         cidr, _, port_text = text.partition(":")
     try:
         network = ipaddress.ip_network(cidr)
-        port = int(port_text) if port_text else None
-        if port is not None and not (port_text.isascii() and port_text.isdigit() and 1 <= port <= 65535):
+        if port_text and not (port_text.isascii() and port_text.isdigit() and 1 <= int(port_text) <= 65535):
             raise ValueError(f"{port_text!r} is not a port")
+        port = int(port_text) if port_text else None
     except ValueError as exc:
         raise InvalidAddress(f"{text!r} is not CIDR or CIDR:PORT: {exc}") from exc
     return network, port
