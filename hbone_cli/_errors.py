@@ -159,7 +159,7 @@ def _explain_hbone(error: BaseException) -> Failure | None:
 
     no_tunnel = isinstance(error, NoTunnel)
     broken = isinstance(error, BrokenTunnel)
-    where = f" at {error.where}" if isinstance(error, NoSession) else ""
+    where = f" {error.where}" if isinstance(error, NoSession) else ""
     wrapped = isinstance(error, NoSession | NoTunnel | BrokenTunnel) and error.__cause__ is not None
     cause: BaseException | None = error.__cause__ if wrapped else error
     text = str(cause) or type(cause).__name__
@@ -174,11 +174,11 @@ def _explain_hbone(error: BaseException) -> Failure | None:
             return _failure(
                 "peer-identity",
                 ExitCode.PEER_IDENTITY,
-                f"wrong peer{where}: {text}; if that is who you want, say so with --expect",
+                f"wrong peer{where and ' at' + where}: {text}; if that is who you want, say so with --expect",
                 presented=cause.presented,
             )
         case hbone.IdentityRefused():
-            return _failure("our-identity", ExitCode.OUR_IDENTITY, f"we are refused{where}: {text}")
+            return _failure("our-identity", ExitCode.OUR_IDENTITY, f"refused{where and ' by' + where}: {text}")
         case hbone.PolicyDenied():
             kind, code, advice = "denied", ExitCode.DENIED, "ask its operator to allow our identity"
         case hbone.BadTarget():
@@ -196,10 +196,10 @@ def _explain_hbone(error: BaseException) -> Failure | None:
         case hbone.ConnectFailed() if isinstance(cause.__cause__, socket.gaierror):
             return _failure("connect", ExitCode.CONNECT, f"cannot connect: {text}; check the name, or use an address")
         case hbone.ConnectFailed() if failure_cause(cause) in ("network", "timeout"):
-            text = f"cannot connect: {text}; is the node up, and is this its HBONE port?"
+            text = f"cannot connect: {text}; is the node up, and is that its HBONE port?"
             return _failure("connect", ExitCode.CONNECT, text)
         case hbone.ConnectFailed() | hbone.ProtocolError():
-            text = f"no session{where}: {text}; is this its HBONE port, with nothing in between that ends TLS?"
+            text = f"no session{where and ' with' + where}: {text}; is that its HBONE port, and is it of our mesh?"
             return _failure("protocol", ExitCode.PROTOCOL, text)
         case hbone.HboneError():
             return _failure("refused", ExitCode.REFUSED, f"no tunnel: {text}")
@@ -219,7 +219,9 @@ def _interrupted(number: int) -> Failure:
 
 
 def _usage(error: click.UsageError) -> str:
-    message = error.format_message().rstrip(".")
+    message = error.format_message()
+    if not message.endswith("..."):
+        message = message.removesuffix(".")
     return f"{message}; see: {error.ctx.command_path} --help" if error.ctx is not None else message
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
-from hbone_cli._errors import EXIT_CODES_HELP, explain
+from hbone_cli._errors import EXIT_CODES_HELP, ExitCode, explain
 from hbone_cli._output import Reporter
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class _Hbone(click.Group):
         try:
             code = super().main(words, prog_name or "hbone", **extra)
         except (Exception, KeyboardInterrupt) as error:
+            # The message of this one is the whole help. Releases before 8.2 do not have it.
+            if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+                sys.exit(ExitCode.USAGE)
             failure = explain(error)
             Reporter(as_json="--json" in options).failure(failure)
             if failure.bug and {"-v", "-vv", "--verbose"} & set(options):
@@ -71,6 +75,7 @@ def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 
 
 @click.group(
+    "hbone",
     cls=_Hbone,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "HBONE", "max_content_width": 100},
     epilog=EXIT_CODES_HELP,

@@ -104,7 +104,8 @@ def _read_listen(text: str, *, host: str) -> Listen:
     try:
         endpoint = Endpoint.parse(text)
     except InvalidAddress as problem:
-        raise InvalidAddress(f"{problem} (write PORT, ADDRESS:PORT or [IPV6]:PORT)") from None
+        what = str(problem).partition("; ")[0]
+        raise InvalidAddress(f"{what}; write PORT, ADDRESS:PORT or [IPV6]:PORT") from None
     return Listen(str(endpoint.ip), endpoint.port)
 
 
