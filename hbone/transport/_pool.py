@@ -68,18 +68,22 @@ class PooledSession(Protocol):
     @property
     def open_streams(self) -> int:
         """Streams that count against the peer's limit. `open_tunnel` counts its own before its first checkpoint."""
+        raise NotImplementedError
 
     @property
     def available_streams(self) -> int:
         """How many more streams the peer allows now."""
+        raise NotImplementedError
 
     @property
     def draining(self) -> bool:
         """Whether it takes no new tunnels, because of a GOAWAY for instance."""
+        raise NotImplementedError
 
     @property
     def closed(self) -> bool:
         """Whether it has ended."""
+        raise NotImplementedError
 
     async def open_tunnel(self, target: Authority, *, headers: Headers = ()) -> Tunnel:
         """Ask for a tunnel.
@@ -88,6 +92,7 @@ class PooledSession(Protocol):
             StreamRefused: it is certain that the peer has not processed the request.
             HboneError: anything else.
         """
+        raise NotImplementedError
 
     def close_soon(self) -> None:
         """Say goodbye and close, in the background and bounded. More than once is fine."""
@@ -97,6 +102,7 @@ class PooledSession(Protocol):
 
     def statistics(self) -> SessionStatistics:
         """Its numbers, now."""
+        raise NotImplementedError
 
 
 class Dialler(Protocol):
@@ -108,6 +114,7 @@ class Dialler(Protocol):
         Raises:
             ConnectFailed: there is none; the message says why.
         """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
