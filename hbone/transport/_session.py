@@ -55,8 +55,9 @@ __all__ = ["Session"]
 
 _log: Final = logging.getLogger("hbone")
 
-#: One read: 64 records. Larger brought nothing, 512 KiB cost 5 % of bulk throughput (docs/design/performance.md).
-READ_BUFFER: Final = 1024 * 1024
+#: One read: 32 records, shared by all sessions of a thread. Twice as much brought nothing, half cost a tenth of bulk
+#: throughput (docs/design/performance.md).
+READ_BUFFER: Final = 512 * 1024
 #: A frame of this payload fills one TLS record with its header.
 RECORD_PAYLOAD: Final = 16_384 - FRAME_HEADER_SIZE
 #: How much of a refusal's body is kept as its reason.
@@ -129,6 +130,7 @@ class Session:
         self._timer = trio.CancelScope()
         self._alarm = float("inf")
         self._closing = False
+        self._killed = False
         self._pump: Pump | None = None
         self.credit_queue: deque[Tunnel] = deque()
         """Tunnels that wait for credit of the session's window, first come, first served."""
@@ -181,6 +183,8 @@ class Session:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                if self._killed:
+                    nursery.cancel_scope.cancel()
                 try:
                     nursery.start_soon(self._keep_alive)
                     self.flush()
@@ -191,6 +195,8 @@ class Session:
                     nursery.cancel_scope.cancel()
         finally:
             self._end(self.error or SessionClosed("the session was closed"))
+            # OpenSSL knows the socket by its number, and the next socket gets that: not a byte may be written to it.
+            self._write_error = SessionClosed("the session has ended")
             self._carrier.close()
             if isinstance(self._carrier, StreamCarrier):
                 with trio.CancelScope(shield=True):
@@ -300,6 +306,8 @@ class Session:
                     _log.info("peer %s sent GOAWAY %s %s", self.peer.identity, name, ascii(text))
                 self._changed()
                 self._maybe_say_goodbye()
+            case ev.PingAcknowledged():
+                self._wake_at(self.engine.next_deadline())
             case ev.InvalidRequest(_, why, status):
                 self.tunnels_refused += 1
                 self.tell("tunnel_refused", self, "", status, why)
@@ -355,6 +363,8 @@ class Session:
             self.tell("tunnel_closed", tunnel, error)
         if not self._tunnels:
             self.since_idle = trio.current_time()
+            if not self.client:
+                self._wake_at(self._idle_deadline())
             self._maybe_say_goodbye()
         self._changed()
 
@@ -491,8 +501,7 @@ class Session:
         deadline = trio.current_time() + self.timeouts.request
         tunnel = Tunnel(self, self.engine.open_stream(request, deadline=deadline), request)
         self._tunnels[tunnel.stream.id] = tunnel
-        if deadline < self._alarm:
-            self._alarm = self._timer.deadline = deadline
+        self._wake_at(deadline)
         self.flush()
         await tunnel.wait_answer()
         return tunnel
@@ -535,6 +544,7 @@ class Session:
 
     def kill(self) -> None:
         """End at once, without a word."""
+        self._killed = True  # `run` may not have begun
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
@@ -569,8 +579,8 @@ class Session:
                     got = self._carrier.read_into(buffer)
                     if got == 0:
                         return
-                    if got == WOULD_BLOCK:
-                        await self._carrier.wait_readable()
+                    # Also when there was something: a peer that never stops must not keep the other tasks waiting.
+                    await self._carrier.wait_readable()
             except SessionClosed:
                 return
 
@@ -591,6 +601,7 @@ class Session:
         self.closed = True
         self.ready.set()
         self.finished.set()
+        self.engine.close()
         for tunnel in list(self._tunnels.values()):
             tunnel.answered(self._unanswered_error(tunnel, error))
             self.forget(tunnel, error)
@@ -619,6 +630,11 @@ class Session:
             if self._dispatch(self.engine.on_deadline(now)):
                 self._carrier.shutdown_write()
                 self.kill()
+
+    def _wake_at(self, deadline: float) -> None:
+        """See to it that `_keep_alive` looks then at the latest."""
+        if deadline < self._alarm:
+            self._alarm = self._timer.deadline = deadline
 
     def _idle_deadline(self) -> float:
         if self._tunnels or self.draining:
