@@ -84,12 +84,13 @@ class RelayResult:
 class Pump:
     """Reads the sockets of one session's links, and writes to those that were full."""
 
-    __slots__ = ("_buffer", "_links", "_poller", "_session", "_view")
+    __slots__ = ("_buffer", "_ended", "_links", "_poller", "_session", "_view")
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._poller = Poller()
         self._links: dict[int, Link] = {}
+        self._ended = False
         self._buffer = _shared_pump_buffer()
         self._view = memoryview(self._buffer)
 
@@ -109,19 +110,21 @@ class Pump:
                             break
                 session.flush()
         finally:
+            self._ended = True  # when all is cancelled, links may let go of it later than it ends
             trio.lowlevel.notify_closing(poller)
             poller.close()
-            self._view.release()
 
     def add(self, link: Link, fd: int, interest: int) -> None:
-        self._links[fd] = link
-        self._poller.add(fd, interest)
+        if not self._ended:
+            self._links[fd] = link
+            self._poller.add(fd, interest)
 
     def change(self, fd: int, interest: int) -> None:
-        self._poller.change(fd, interest)
+        if not self._ended:
+            self._poller.change(fd, interest)
 
     def remove(self, fd: int) -> None:
-        if self._links.pop(fd, None) is not None:
+        if self._links.pop(fd, None) is not None and not self._ended:
             self._poller.remove(fd)
 
     def read(self, sock: socket.socket, size: int) -> int:
