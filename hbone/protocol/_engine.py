@@ -73,7 +73,7 @@ _DEFAULT_TABLE: Final = 4096
 _NO_TABLE: Final = b"\x20"
 #: Frames that are neither DATA nor a header block have no business being longer.
 _MAX_CONTROL_FRAME: Final = 16_384
-#: Streams that we reset and on which frames may still be under way.
+#: Of so many streams that we reset we know that frames may still be under way.
 _REMEMBERED_RESETS: Final = 1000
 #: A WINDOW_UPDATE must stand for data that we sent: this many for nothing, then one for each 256 bytes.
 _FREE_WINDOW_UPDATES: Final = 1000
@@ -211,7 +211,8 @@ class Engine:
         self._unacknowledged = 0
         self._stream_credit_step = limits.stream_window // 4
         self._session_credit_step = limits.connection_window // 4
-        self._resets: dict[int, None] = {}
+        self._resets: dict[int, int] = {}
+        """Streams that we reset, with how many bytes of DATA may still be under way: what the peer had credit for."""
         self._table_size = _DEFAULT_TABLE
         self._table_shrunk = False
 
@@ -500,6 +501,8 @@ class Engine:
                     if self._padding > self._left:
                         raise RemoteProtocolError("padding is longer than the frame")
                     self._pass_over(self._padding + 1)
+                    if self._padding == self._left and not self._data_ends:
+                        self._control.spend(now, "DATA frames of nothing but padding")
                     if not self._left:
                         self._data_done(events)
                     continue
@@ -632,10 +635,14 @@ class Engine:
             raise RemoteProtocolError("padded DATA without room for the pad length", ErrorCode.FRAME_SIZE_ERROR)
         if stream is None:
             self._data_ends = False
-            if stream_id not in self._resets:
+            under_way = self._resets.get(stream_id, 0)
+            if not 0 < length <= under_way:
                 self._control.spend(now, "DATA frames on closed streams")
+            if stream_id in self._resets:
+                self._resets[stream_id] = under_way - length
+            else:
                 self._out += rst_stream_frame(stream_id, ErrorCode.STREAM_CLOSED)
-                self._remember_reset(stream_id)
+                self._remember_reset(stream_id, 0)
             return
         if stream.remote_ended:
             self._stream_error(stream, ErrorCode.STREAM_CLOSED, "DATA after END_STREAM", now, events)
@@ -782,6 +789,7 @@ class Engine:
         if stream_id <= self.last_inbound_stream:
             if stream_id not in self._resets:
                 raise RemoteProtocolError(f"HEADERS on closed stream {stream_id}", ErrorCode.STREAM_CLOSED)
+            self._control.spend(now, "HEADERS on closed streams")
             return
         excess = len(self.streams) >= self._limits.max_concurrent_streams
         self.last_inbound_stream = stream_id
@@ -824,7 +832,8 @@ class Engine:
         if stream is None:
             if self._is_idle(stream_id):
                 raise RemoteProtocolError(f"HEADERS on stream {stream_id}, which was never opened")
-            return  # an answer that crossed our RST_STREAM
+            self._control.spend(now, "HEADERS on closed streams")  # one may have crossed our RST_STREAM
+            return
         ends = self._block_ends
         if stream.remote_ended:
             self._stream_error(stream, ErrorCode.STREAM_CLOSED, "HEADERS after END_STREAM", now, events)
@@ -999,11 +1008,11 @@ class Engine:
     def _reset(self, stream: Stream, error_code: int) -> None:
         stream.life.process_input(StreamInputs.SEND_RST_STREAM)
         self._out += rst_stream_frame(stream.id, error_code)
-        self._remember_reset(stream.id)
+        self._remember_reset(stream.id, 0 if stream.remote_ended else stream.recv_window)
         self._forget(stream)
 
-    def _remember_reset(self, stream_id: int) -> None:
-        self._resets[stream_id] = None
+    def _remember_reset(self, stream_id: int, under_way: int) -> None:
+        self._resets[stream_id] = under_way
         if len(self._resets) > _REMEMBERED_RESETS:
             del self._resets[next(iter(self._resets))]
 
