@@ -812,7 +812,7 @@ class Engine:
             if error.status is not None:
                 self._invalid(stream, str(error), error.status, now, events)
             else:
-                self._control.spend(now, "malformed requests")
+                self._early_resets.spend(now, "malformed requests")
                 self._reset(stream, error.error_code)
                 events.append(ev.InvalidRequest(stream_id, str(error), None))
             return
