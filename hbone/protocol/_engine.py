@@ -75,8 +75,11 @@ _NO_TABLE: Final = b"\x20"
 _MAX_CONTROL_FRAME: Final = 16_384
 #: Of so many streams that we reset we know that frames may still be under way.
 _REMEMBERED_RESETS: Final = 1000
-#: A WINDOW_UPDATE must stand for data that we sent: this many for nothing, then one for each 256 bytes.
+#: A WINDOW_UPDATE must stand for data that we sent: this many for nothing, then one for each 256 bytes, and two for
+#: each time that we sent any, because there are peers that give credit back by the frame, to stream and session.
 _FREE_WINDOW_UPDATES: Final = 1000
+_BYTES_PER_UPDATE: Final = 256
+_SMALL_SEND: Final = 2 * _BYTES_PER_UPDATE
 
 _DATA: Final = int(FrameType.DATA)
 _END_STREAM: Final = int(Flag.END_STREAM)
@@ -232,7 +235,7 @@ class Engine:
         self._control = _Allowance(limits.control_burst, limits.control_per_second, now)
         self._early_resets = _Allowance(limits.early_reset_burst, limits.early_reset_per_second, now)
         self._window_updates = 0
-        self._sent_bytes = 0
+        self._explained = 0
 
         self._ping_interval = ping_interval
         self._ping_timeout = ping_timeout
@@ -402,7 +405,7 @@ class Engine:
             return 0
         stream.send_window -= credit
         self.send_window -= credit
-        self._sent_bytes += credit
+        self._explained += credit + _SMALL_SEND
         return credit
 
     @staticmethod
@@ -715,7 +718,7 @@ class Engine:
 
     def _window_update(self, stream_id: int, increment: int, now: float, events: list[ev.Event]) -> None:
         self._window_updates += 1
-        if self._window_updates > _FREE_WINDOW_UPDATES + self._sent_bytes // 256:
+        if self._window_updates > _FREE_WINDOW_UPDATES + self._explained // _BYTES_PER_UPDATE:
             raise RemoteProtocolError("more WINDOW_UPDATE frames than data", ErrorCode.ENHANCE_YOUR_CALM)
         if stream_id == 0:
             if not increment:
