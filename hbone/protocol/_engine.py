@@ -480,6 +480,8 @@ class Engine:
             data = memoryview(data)
         try:
             self._receive(data, now, events)
+            if len(self._out) > self._limits.max_unsent:
+                raise RemoteProtocolError("the peer does not read our answers", ErrorCode.ENHANCE_YOUR_CALM)
         except RemoteProtocolError as error:
             self._fail(error, error.error_code, events)
         except h2.exceptions.ProtocolError as error:
@@ -946,8 +948,6 @@ class Engine:
         if not flags & Flag.ACK:
             self._control.spend(now, "PING frames")
             self._pull()
-            if len(self._out) > self._limits.max_unsent:
-                raise RemoteProtocolError("the peer does not read our answers", ErrorCode.ENHANCE_YOUR_CALM)
             return
         if payload == _KEEPALIVE and self._ping_sent is not None:
             self._ping_sent = None

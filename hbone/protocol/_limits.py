@@ -21,7 +21,7 @@ class Limits:
     the connection window from its neighbours, because that is refilled on arrival.
 
     Raises:
-        ValueError: a number is outside what RFC 9113 allows.
+        ValueError: a number is outside what RFC 9113 allows, or so small that no session could live with it.
     """
 
     stream_window: int = 4 * 2**20
@@ -55,3 +55,8 @@ class Limits:
             raise ValueError(f"max_frame_size must be from {_SMALLEST_FRAME} to {_LARGEST_FRAME} bytes")
         if self.max_concurrent_streams < 1 or self.max_header_list_size < 1024 or self.max_header_block < 1024:
             raise ValueError("max_concurrent_streams needs at least 1, header sizes at least 1024 bytes")
+        for name in ("control_burst", "control_per_second", "early_reset_burst", "early_reset_per_second"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.max_unsent < _SMALLEST_FRAME:
+            raise ValueError(f"max_unsent must be at least {_SMALLEST_FRAME} bytes")
