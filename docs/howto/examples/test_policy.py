@@ -1,0 +1,13 @@
+import socket
+
+import pytest
+
+
+def test_who_may_not(app_port, hbone_pair):
+    pair = hbone_pair(app_port, client="bank/teller", server="shop/web", allow_peers=["shop/*"])
+
+    with socket.create_connection(pair.address, timeout=5) as sock, pytest.raises(ConnectionResetError):
+        sock.recv(1000)
+
+    refused = [record for record in pair.wait_for_access_log() if record.status == 401]
+    assert str(refused[0].src_identity) == "spiffe://cluster.local/ns/bank/sa/teller"

@@ -1,0 +1,77 @@
+"""What the documentation shows, run as its readers would run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "howto" / "examples"
+
+
+def installed() -> bool:
+    try:
+        return any(point.group == "pytest11" for point in distribution("hbone").entry_points)
+    except PackageNotFoundError:
+        return False
+
+
+# Clients honour proxies from the environment; the examples talk to loopback.
+ENV = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in EXAMPLES.glob("test_*.py")))
+def test_example_passes(file: str, tmp_path: Path) -> None:
+    finder = [] if installed() else ["-p", "hbone.testing.plugin"]
+    environment = ENV if installed() else ENV | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *finder),
+            *("-c", os.devnull, "--rootdir", str(EXAMPLES), "--basetemp", str(tmp_path / "run"), str(EXAMPLES / file)),
+        ],
+        env=environment | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+class Greeter(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"hello\n")
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_example_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    example = runpy.run_path(str(EXAMPLES / "without_pytest.py"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Greeter) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        assert example["ask_through_a_pair"](server.server_port) == b"hello\n"
+        server.shutdown()
+        thread.join()
+    assert trio.run(example["ask_in_memory"]) == b"hello"
+
+
+def test_every_example_is_shown() -> None:
+    page = (EXAMPLES.parent / "testing.md").read_text("utf-8")
+    shown = set(re.findall(r"examples/(\w+\.py)", page))
+    assert shown == {path.name for path in EXAMPLES.glob("*.py")}
