@@ -64,15 +64,27 @@ async def _run(
 
 
 class _EndOfTunnel(hbone.BaseObserver):
-    """Hears of a reset also when nobody reads from the tunnel any more: its direction may have ended before."""
+    """Hears of a reset also when nobody reads from the tunnel any more, because its direction has ended.
+
+    Until then the reader sees it, behind what came before it.
+    """
 
     def __init__(self) -> None:
         self.error: hbone.HboneError | None = None
         self.scope = trio.CancelScope()
+        self._all_received = False
 
     def tunnel_closed(self, tunnel: hbone.Tunnel, error: hbone.HboneError | None) -> None:
-        if error is not None:
-            self.error = error
+        self.error = error
+        self._look()
+
+    def all_received(self) -> None:
+        """The tunnel's direction to us has ended, and all of it is written."""
+        self._all_received = True
+        self._look()
+
+    def _look(self) -> None:
+        if self._all_received and self.error is not None:
             self.scope.cancel()
 
 
@@ -102,7 +114,7 @@ async def _carry(
             how = f"{peer.tls_version}, {peer.group}, {peer.cipher}"
             text = f"tunnel to {target} by {peer.identity} at {peer.address}: {how}"
             reporter.event("tunnel", text, target=target, peer=peer.identity, address=peer.address)
-        streams = StandardStreams(None if sys.stdin is None else 0, 1)
+        streams = StandardStreams(None if sys.stdin is None else 0, 1, on_output_end=end.all_received)
         result = None
         with end.scope:
             result = await hbone.relay(streams, tunnel)

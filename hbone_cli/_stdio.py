@@ -12,9 +12,12 @@ import os
 import socket
 import stat
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["StandardStreams"]
 
@@ -28,12 +31,14 @@ class StandardStreams(trio.abc.HalfCloseableStream):
     Args:
         source: the descriptor to read; None for one that was closed, that is, an end of data at once.
         sink: the descriptor to write. `send_eof` and `aclose` put ``/dev/null`` in its place.
+        on_output_end: called by `send_eof`.
 
     Attributes:
         failure: what broke first, if anything did.
     """
 
-    def __init__(self, source: int | None, sink: int) -> None:
+    def __init__(self, source: int | None, sink: int, *, on_output_end: Callable[[], None] = lambda: None) -> None:
+        self._on_output_end = on_output_end
         self.failure: OSError | None = None
         self._source = source
         self._waitable = True
@@ -106,6 +111,7 @@ class StandardStreams(trio.abc.HalfCloseableStream):
     async def send_eof(self) -> None:
         """End the output."""
         self._close_sink()
+        self._on_output_end()
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
