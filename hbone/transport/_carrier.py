@@ -86,10 +86,12 @@ def _broken(what: str, exc: Exception) -> SessionClosed:
 class _TLS:
     """What both carriers share: calls into OpenSSL and its errors."""
 
-    __slots__ = ("_failure", "connection")
+    __slots__ = ("_at_end", "_failure", "connection")
 
     def __init__(self, connection: SSL.Connection) -> None:
         self.connection = connection
+        self._at_end = False
+        """Nothing comes any more, whatever happens below TLS: the next read says so without waiting."""
         self._failure: SessionClosed | None = None
 
     def _handshake_error(self, exc: Exception) -> HboneError:
@@ -111,6 +113,7 @@ class _TLS:
         got, error = read_records(self.connection, buffer)
         if error is None:
             return got or WOULD_BLOCK
+        self._at_end = True  # whether or not TCP goes on: a peer need not close it behind its close_notify
         if isinstance(error, SSL.ZeroReturnError):
             return got  # it says so again, as often as it is asked
         self._failure = _broken("the connection broke", error)
@@ -161,6 +164,9 @@ class SocketCarrier(_TLS):
         return self._read(buffer)
 
     async def wait_readable(self) -> None:
+        if self._at_end:
+            await trio.lowlevel.checkpoint()
+            return
         await trio.lowlevel.wait_readable(self._sock)
 
     def write(self, data: memoryview | bytes | bytearray) -> int:
@@ -252,7 +258,7 @@ class StreamCarrier(_TLS):
         return got
 
     async def wait_readable(self) -> None:
-        if self._ended:
+        if self._ended or self._at_end:
             await trio.lowlevel.checkpoint()
             return
         try:
