@@ -201,6 +201,7 @@ class Session:
             if isinstance(self._carrier, StreamCarrier):
                 with trio.CancelScope(shield=True):
                     await trio.aclose_forcefully(self._carrier.stream)
+            self.finished.set()
 
     async def wait_ready(self) -> None:
         """Wait for the peer's SETTINGS: only then the session is open.
@@ -226,7 +227,8 @@ class Session:
             try:
                 got = carrier.read_into(buffer)
             except SessionClosed as exc:
-                self._fail(exc)
+                if self._tunnels or not self._closing:  # once we have said goodbye, any end of theirs is one
+                    self._fail(exc)
                 return
             if got == WOULD_BLOCK:
                 await carrier.wait_readable()
@@ -234,6 +236,7 @@ class Session:
             if got == 0:
                 if not engine.ready or (self._tunnels and not self._closing):
                     self._fail(SessionClosed("the peer closed the session"))
+                self._carrier.shutdown_write()
                 return
             if self._dispatch(engine.receive_untrusted(buffer[:got], trio.current_time())):
                 await self._say_goodbye()
@@ -585,7 +588,7 @@ class Session:
                 return
 
     async def _wait_all_sent(self) -> None:
-        while (self._unsent or self._carrier.needs_flush) and self._write_error is None:
+        while self._draining_unsent or ((self._unsent or self._carrier.needs_flush) and self._write_error is None):
             self._start_drain()
             await self._uncongested.park()
 
@@ -600,7 +603,6 @@ class Session:
             return
         self.closed = True
         self.ready.set()
-        self.finished.set()
         self.engine.close()
         for tunnel in list(self._tunnels.values()):
             tunnel.answered(self._unanswered_error(tunnel, error))

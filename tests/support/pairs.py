@@ -96,6 +96,20 @@ def _holding() -> tuple[Callable[[TunnelRequest], Any], trio.MemoryReceiveChanne
 
 
 @contextlib.asynccontextmanager
+async def _beside() -> AsyncIterator[trio.Nursery]:
+    """A nursery that ends with the block and lets the block's error out as it is."""
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except BaseException as exc:
+            error = exc
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+
+
+@contextlib.asynccontextmanager
 async def memory_pair(
     *,
     limits: Limits | None = None,
@@ -109,11 +123,10 @@ async def memory_pair(
     default, arrived = _holding()
     server = HBONEServer(server_svid(), handler or default, limits=server_limits or limits, **(server_options or {}))
     near, far = streams or trio.testing.memory_stream_pair()
-    async with trio.open_nursery() as nursery:
+    async with _beside() as nursery:
         nursery.start_soon(server.serve_stream, far)
         async with HBONEClient.over_stream(near, svid=client_svid(), limits=limits, **options) as client:
             yield Pair(client, server, arrived)
-        nursery.cancel_scope.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -128,13 +141,12 @@ async def socket_pair(
     """Over a TCP connection on the loopback."""
     default, arrived = _holding()
     server = HBONEServer(server_svid(), handler or default, limits=server_limits or limits, **(server_options or {}))
-    async with trio.open_nursery() as nursery:
+    async with _beside() as nursery:
         endpoint = await nursery.start(server.serve, "127.0.0.1", 0)
         async with HBONEClient.connect(
             "127.0.0.1", endpoint.port, svid=client_svid(), expect=SERVER, limits=limits, **options
         ) as client:
             yield Pair(client, server, arrived, endpoint.port)
-        nursery.cancel_scope.cancel()
 
 
 @dataclass
@@ -273,8 +285,7 @@ async def scripted_server(script: Any, *, leaf: Leaf | None = None, **options: A
     """A client of ours, connected through memory to ``await script(peer)``, which runs beside the block."""
     near, far = trio.testing.memory_stream_pair()
     peer = Scripted(far, leaf or pki().server, server=True)
-    async with trio.open_nursery() as nursery:
+    async with _beside() as nursery:
         nursery.start_soon(_play, script, peer)
         async with HBONEClient.over_stream(near, svid=client_svid(), **options) as client:
             yield client
-        nursery.cancel_scope.cancel()
