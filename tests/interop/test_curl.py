@@ -1,7 +1,6 @@
 """libcurl's HTTP/2 proxy support (``curl --proxy-http2 --proxytunnel``) to our server.
 
-A tunnel of curl's ends when curl closes it: it has no half-close of its own, so the half that ends first is the
-application's (``until-close``).
+curl has no half-close of its own, so the half that ends first is the application's.
 """
 
 from __future__ import annotations
@@ -33,13 +32,25 @@ def fetch(curl, url):
     return status, digest.hexdigest()
 
 
-@pytest.mark.parametrize("path", ["", "until-close/"], ids=["with_length", "application_ends_first"])
-async def test_curl_downloads_every_byte(pki, path):
+async def test_curl_downloads_every_byte(pki):
     def script():
         with Curl(pki.client, near.port) as curl:
-            assert fetch(curl, f"http://{app.target}/{path}{BULK}") == (200, pattern_sha(BULK))
+            assert fetch(curl, f"http://{app.target}/{BULK}") == (200, pattern_sha(BULK))
             assert curl.connect_status == 200
-        assert app.wait_connection(0).done.is_set()
+
+    with Backend(http_app) as app:
+        async with forwarding() as near:
+            await run(script)
+
+
+async def test_curl_gets_every_byte_when_the_application_ends_first(pki):
+    # libcurl 8.23 does not take END_STREAM for the end (test_foreign.py): we hang up for it once all is there.
+    def script():
+        with Curl(pki.client, near.port) as curl:
+            got, digest = curl.get_until(f"http://{app.target}/until-close/{BULK}", BULK)
+            assert (got, digest) == (BULK, pattern_sha(BULK))
+        seen = app.wait_connection(0)
+        assert seen.end in ("eof", "reset")
 
     with Backend(http_app) as app:
         async with forwarding() as near:

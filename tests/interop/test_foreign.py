@@ -6,7 +6,9 @@ lists: when a new release of a peer mends one, the test here fails and the page 
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support import frames
@@ -15,7 +17,7 @@ from support.backends import Backend, echo, ends_first, generate, http_app, patt
 from support.certs import CLIENT, SERVER
 from support.foreign import Curl, Envoy, NodePeer, Process
 from support.frames import Kind
-from support.rawpeer import RawPeer
+from support.rawpeer import Ended, RawListener, RawPeer
 
 MIB = 1 << 20
 
@@ -120,6 +122,31 @@ def test_envoy_says_goaway_and_finishes_its_tunnels(pki, tmp_path):
         assert (final.last_stream, final.code) == (3, 0)
         peer.send(frames.data(1, b"still here", end=True))
         assert peer.take_data(1) == b"still here"
+
+
+def test_curl_does_not_take_end_stream_for_an_end(pki):
+    # libcurl 8.23 as the client of an HTTP/2 proxy: all bytes are there and the stream has ended, and it waits on.
+    body = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nall of it"
+
+    def serve():
+        with listener.accept() as peer:
+            peer.open()
+            peer.wait_for(Kind.HEADERS, stream=1)
+            peer.send(frames.response(1))
+            peer.wait_for(Kind.DATA, stream=1)
+            peer.send(frames.data(1, body, end=True))
+            with contextlib.suppress(Ended):
+                peer.wait_end()
+
+    with RawListener(pki.server) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve)
+        with Curl(pki.client, listener.port) as curl:
+            curl.handle.setopt(curl.handle.TIMEOUT_MS, 500)
+            got = []
+            with pytest.raises(Exception, match="timed out"):
+                curl.get("http://10.0.0.1/", got.append)
+            assert b"".join(got) == b"all of it"
+        served.result(10)
 
 
 @pytest.mark.parametrize("habit", ["generate", "sink"])

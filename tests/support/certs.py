@@ -180,6 +180,8 @@ class Pki:
         self.directory = directory
         self.ca = TestCa(directory, "cluster.local")
         self.foreign_ca = TestCa(directory, "cluster.local", name="foreign-root")
+        self.both_roots = directory / "both-roots.pem"
+        self.both_roots.write_bytes(self.ca.roots.read_bytes() + self.foreign_ca.roots.read_bytes())
         self._leaves: dict[str, Leaf] = {}
 
     def leaf(self, identity: str) -> Leaf:
@@ -203,13 +205,13 @@ class Pki:
 
     @functools.cached_property
     def foreign(self) -> Leaf:
-        """Claims `CLIENT`, signed by a root that nobody else trusts; itself trusts the good root."""
-        return self.foreign_ca.issue("foreign", [CLIENT], roots=self.ca.roots)
+        """Claims `CLIENT`, signed by a root that nobody else trusts; itself trusts both roots."""
+        return self.foreign_ca.issue("foreign", [CLIENT], roots=self.both_roots)
 
     @functools.cached_property
     def foreign_server(self) -> Leaf:
-        """Claims `SERVER`, signed by a root that nobody else trusts; itself trusts the good root."""
-        return self.foreign_ca.issue("foreign-server", [SERVER], roots=self.ca.roots)
+        """Claims `SERVER`, signed by a root that nobody else trusts; itself trusts both roots."""
+        return self.foreign_ca.issue("foreign-server", [SERVER], roots=self.both_roots)
 
     @functools.cached_property
     def other_trust_domain(self) -> Leaf:

@@ -7,6 +7,7 @@ it has tested.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -421,6 +422,29 @@ class Curl:
         self.handle.setopt(self.handle.WRITEFUNCTION, write or out.write)
         self.handle.perform()
         return self.handle.getinfo(self._pycurl.RESPONSE_CODE), out.getvalue()
+
+    def get_until(self, url: str, size: int) -> tuple[int, str]:
+        """GET of a body without length, until `size` bytes are there; how many came in half a second more, and their
+        SHA-256 in hex."""
+        digest = hashlib.sha256()
+        got = 0
+        whole_since: float | None = None
+
+        def write(chunk: bytes) -> None:
+            nonlocal got, whole_since
+            got += len(chunk)
+            digest.update(chunk)
+            if got >= size:
+                whole_since = time.monotonic()
+
+        def progress(*_: float) -> int:
+            return int(whole_since is not None and time.monotonic() > whole_since + 0.5)
+
+        self.handle.setopt(self.handle.NOPROGRESS, 0)
+        self.handle.setopt(self.handle.XFERINFOFUNCTION, progress)
+        with contextlib.suppress(self._pycurl.error):
+            self.get(url, write)
+        return got, digest.hexdigest()
 
     def put(self, url: str, pieces: Iterator[bytes | memoryview], size: int) -> tuple[int, bytes]:
         """PUT with a body in pieces; the status and the answer's body. Raises `pycurl.error`."""

@@ -66,7 +66,11 @@ function server() {
     });
     upstream.on('connect', () => {
       stream.respond({ ':status': 200 });
-      stream.pipe(upstream);
+      // Node ends the readable side of a stream that was reset, too: that must not become a FIN.
+      stream.pipe(upstream, { end: false });
+      stream.on('end', () => {
+        if (!stream.aborted && stream.rstCode === 0) upstream.end();
+      });
       upstream.pipe(stream);
     });
     upstream.on('error', (error) => {

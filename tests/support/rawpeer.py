@@ -133,6 +133,8 @@ class RawPeer:
                 raise
             self._flush(deadline)
             self._shaken = True
+            with contextlib.suppress(Ended):  # what came together with the end of the handshake
+                self._decrypt("the first bytes")
             return
 
     def open(
@@ -383,8 +385,11 @@ class RawPeer:
             self._take(chunk)
             return
         self._in.write(chunk)
-        if not self._shaken:
-            return
+        if self._shaken:
+            self._decrypt(waiting_for)
+
+    def _decrypt(self, waiting_for: str) -> None:
+        assert self._tls is not None
         try:
             while True:
                 plain = self._tls.read(1 << 18)

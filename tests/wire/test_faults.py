@@ -980,6 +980,7 @@ async def test_fault_22_an_unanswered_connect_ends():
 async def test_fault_22_an_opening_that_stalls_ends(stage):
     def script(listener):
         with listener.accept(handshake=stage != "handshake") as peer:
+            peer.ack_settings = False
             with contextlib.suppress(ssl.SSLError):
                 peer.wait_end()
 
