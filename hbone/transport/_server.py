@@ -286,7 +286,7 @@ class HBONEServer:
                 _log.warning("no session: %s", exc)
                 await trio.aclose_forcefully(stream)
                 return
-            await self._serve_session(carrier, None, nursery)
+            await self._serve_session(carrier, None, nursery, self._begin_half_open())
 
     async def drain(self, deadline: float) -> None:
         """Stop: close the listeners, tell the peers to go elsewhere (GOAWAY), let tunnels finish, then end.
@@ -319,7 +319,8 @@ class HBONEServer:
                 self._failed += 1
                 sock.close()
             else:
-                nursery.start_soon(self._serve_socket, sock, nursery)
+                # Counted here and not in the task: a full backlog is accepted before any task has run.
+                nursery.start_soon(self._serve_socket, sock, nursery, self._begin_half_open())
 
         def room() -> Awaitable[None] | None:
             return self._make_room() if len(self._half_open) >= self._max_half_open else None
@@ -339,20 +340,32 @@ class HBONEServer:
         with trio.move_on_after(patience):
             await self._room.wait()
 
-    async def _serve_socket(self, sock: socket.socket, nursery: trio.Nursery) -> None:
+    def _begin_half_open(self) -> trio.CancelScope:
+        scope = trio.CancelScope()
+        self._half_open[scope] = trio.current_time()
+        return scope
+
+    def _end_half_open(self, scope: trio.CancelScope) -> None:
+        self._half_open.pop(scope, None)
+        self._room.set()
+
+    async def _serve_socket(self, sock: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope) -> None:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             policy = self._policy or PeerPolicy.trust_domain(self._svid.identity.trust_domain)
             carrier = SocketCarrier(sock, server_connection(self._svid.current(), policy, sock))
         except (HboneError, OSError) as exc:
             self._failed += 1
+            self._end_half_open(scope)
             _log.warning("no session: %s", exc)
             sock.close()
             return
-        await self._serve_session(carrier, sock, nursery)
+        await self._serve_session(carrier, sock, nursery, scope)
 
-    async def _serve_session(self, carrier: Carrier, sock: socket.socket | None, nursery: trio.Nursery) -> None:
-        session = await self._open(carrier, sock, nursery)
+    async def _serve_session(
+        self, carrier: Carrier, sock: socket.socket | None, nursery: trio.Nursery, scope: trio.CancelScope
+    ) -> None:
+        session = await self._open(carrier, sock, nursery, scope)
         if session is None:
             return
         self._sessions.add(session)
@@ -363,10 +376,10 @@ class HBONEServer:
             if not self._sessions:
                 self._no_sessions.set()
 
-    async def _open(self, carrier: Carrier, sock: socket.socket | None, nursery: trio.Nursery) -> Session | None:
+    async def _open(
+        self, carrier: Carrier, sock: socket.socket | None, nursery: trio.Nursery, scope: trio.CancelScope
+    ) -> Session | None:
         """The TLS handshake, under every bound. None when it came to nothing; the connection is closed then."""
-        scope = trio.CancelScope()
-        self._half_open[scope] = trio.current_time()
         session: Session | None = None
         try:
             with scope:
@@ -393,8 +406,7 @@ class HBONEServer:
             where = carrier_name(sock)
             _log.info("no session with %s: %s", where, exc)
         finally:
-            self._half_open.pop(scope, None)
-            self._room.set()
+            self._end_half_open(scope)
             if session is None:
                 self._failed += 1
                 carrier.close()
