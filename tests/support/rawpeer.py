@@ -37,6 +37,16 @@ WAIT = 10.0
 """Default bound of every wait, in seconds: reached only when the other side is wrong."""
 
 
+def _wait(sock: socket.socket, events: int, timeout: float) -> int:
+    """What of `events` is ready within `timeout` seconds; 0 for nothing. Any descriptor, unlike `select.select`."""
+    poll = select.poll()
+    poll.register(sock, events)
+    ready = poll.poll(max(timeout, 0) * 1000)
+    if not ready:
+        return 0
+    return ready[0][1] & events or events & (select.POLLIN if events & select.POLLIN else select.POLLOUT)
+
+
 class Ended(Exception):
     """The other side ended the connection while something was awaited; `how` is ``eof``, ``reset`` or ``alert``."""
 
@@ -96,15 +106,15 @@ class RawPeer:
         sock = socket.socket(family, socket.SOCK_STREAM)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        sock.settimeout(WAIT)
-        sock.connect((host, port))
-        peer = cls(sock, context or (leaf.client_context() if leaf else None))
-        if handshake:
-            try:
+        try:
+            sock.settimeout(WAIT)
+            sock.connect((host, port))
+            peer = cls(sock, context or (leaf.client_context() if leaf else None))
+            if handshake:
                 peer.handshake()
-            except BaseException:
-                sock.close()
-                raise
+        except BaseException:
+            sock.close()
+            raise
         return peer
 
     def __enter__(self) -> Self:
@@ -201,12 +211,11 @@ class RawPeer:
             except (ConnectionResetError, BrokenPipeError) as error:
                 self._drain_dead_socket()
                 raise self._end("reset", "sending") from error
-            wants = [self.sock] if self.reading and not self._eof_read else []
-            left = deadline - time.monotonic()
-            readable, writable, _ = select.select(wants, [self.sock], [], max(left, 0))
-            if readable:
+            wants = select.POLLOUT | (select.POLLIN if self.reading and not self._eof_read else 0)
+            ready = _wait(self.sock, wants, deadline - time.monotonic())
+            if ready & select.POLLIN:
                 self._receive("sending")
-            elif not writable:
+            elif not ready:
                 raise TimeoutError(f"the other side takes no more; {len(self._unsent)} bytes unsent")
 
     def _drain_dead_socket(self) -> None:
@@ -344,7 +353,7 @@ class RawPeer:
 
     def read_now(self) -> None:
         """Takes what is there, without waiting."""
-        while self.ended is None and select.select([self.sock], [], [], 0)[0]:
+        while self.ended is None and _wait(self.sock, select.POLLIN, 0):
             try:
                 self._receive("whatever is there")
             except Ended:
@@ -356,7 +365,7 @@ class RawPeer:
             raise Ended(self.ended, waiting_for, self.log)
         self._send_auto()
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([self.sock], [], [], left)[0]:
+        if left <= 0 or not _wait(self.sock, select.POLLIN, left):
             raise TimeoutError(f"no {waiting_for}; got {[str(f) for f in self.log[-12:]]}")
         self._receive(waiting_for)
         self._send_auto()
@@ -491,4 +500,4 @@ class RawListener:
 
     def has_more(self, timeout: float = 0) -> bool:
         """Whether another connection waits to be accepted."""
-        return bool(select.select([self._sock], [], [], timeout)[0])
+        return bool(_wait(self._sock, select.POLLIN, timeout))
