@@ -22,6 +22,8 @@ COMMANDS: Final = {
     "outbound": "hbone_cli._outbound",
     "connect": "hbone_cli._connect",
     "ca": "hbone_cli._ca",
+    "demo": "hbone_cli._demo",
+    "demo-node": "hbone_cli._demo_node",
     "completion": "hbone_cli._completion",
 }
 

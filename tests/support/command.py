@@ -108,20 +108,19 @@ class Lines:
 
 
 class Node:
-    """A proxy that runs, and says what happens as JSON."""
+    """A proxy that runs, and says what happens as JSON (unless told otherwise; then nobody waits until it is ready)."""
 
-    def __init__(self, *words: str, ready: bool = True, cwd: Any = None) -> None:
+    def __init__(self, *words: str, json_lines: bool = True) -> None:
         self.process = subprocess.Popen(
-            [*HBONE, *words, "--json"],
+            [*HBONE, *words, *(["--json"] if json_lines else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(),
-            cwd=cwd,
         )
         self.log = Lines(self.process.stdout)
         self.said = Lines(self.process.stderr)
-        if ready:
+        if json_lines:
             try:
                 self.event("ready")
             except BaseException:
