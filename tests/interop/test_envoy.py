@@ -47,6 +47,7 @@ def originate(tmp_path, near, target, *, leaf, expect=SERVER):
         pytest.param(send_then_receive(BULK), BULK, BULK, id="both_at_once"),
     ],
 )
+@pytest.mark.wire("W-CLOSE-4")
 async def test_envoy_to_us_every_byte_both_ways(pki, tmp_path, habit, upload, down):
     def script():
         with originate(tmp_path, near, app.target, leaf=pki.client) as envoy, dial(envoy.port(app.target)) as sock:
@@ -88,6 +89,7 @@ async def test_envoy_to_us_the_server_knows_who_asks(pki, tmp_path):
     assert b"forwarded" in headers
 
 
+@pytest.mark.wire("W-ID-2")
 async def test_envoy_to_us_refused_identity_by_root(pki, tmp_path):
     def script():
         with originate(tmp_path, near, app.target, leaf=pki.foreign) as envoy:
@@ -101,6 +103,7 @@ async def test_envoy_to_us_refused_identity_by_root(pki, tmp_path):
         assert app.connections == []
 
 
+@pytest.mark.wire("W-ID-3")
 async def test_envoy_to_us_refused_identity_by_trust_domain(pki, tmp_path):
     def script():
         with originate(tmp_path, near, app.target, leaf=pki.other_trust_domain) as envoy:
@@ -273,6 +276,7 @@ async def test_us_to_envoy_what_envoy_cuts_is_an_error_and_no_end(pki, tmp_path)
             assert whole < 5, "Envoy has mended it: say so in docs/design/foreign-peers.md"
 
 
+@pytest.mark.wire("W-ID-7")
 async def test_us_to_envoy_refused_identity_by_root(pki, tmp_path):
     with Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(30):
         with pytest.raises(hbone.IdentityRefused):
@@ -280,6 +284,7 @@ async def test_us_to_envoy_refused_identity_by_root(pki, tmp_path):
                 pytest.fail("connected")
 
 
+@pytest.mark.wire("W-ID-7")
 async def test_us_to_envoy_refused_identity_by_name(pki, tmp_path):
     with (
         Envoy.terminator(tmp_path, pki.server, accept_prefix="spiffe://cluster.local/ns/bank/") as envoy,
@@ -292,6 +297,7 @@ async def test_us_to_envoy_refused_identity_by_name(pki, tmp_path):
             pass
 
 
+@pytest.mark.wire("W-RSP-3", "W-RSP-11")
 async def test_us_to_envoy_refused_identity_by_policy(pki, tmp_path):
     with (
         Backend(echo) as app,
@@ -307,6 +313,7 @@ async def test_us_to_envoy_refused_identity_by_policy(pki, tmp_path):
             await (await client.open_tunnel(app.target)).aclose()
 
 
+@pytest.mark.wire("W-ID-4")
 async def test_we_refuse_envoys_identity(pki, tmp_path):
     with Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(30):
         with pytest.raises(hbone.PeerIdentityMismatch) as mismatch:
@@ -315,6 +322,7 @@ async def test_we_refuse_envoys_identity(pki, tmp_path):
         assert mismatch.value.presented == SERVER
 
 
+@pytest.mark.wire("W-RSP-3", "W-RSP-11")
 async def test_us_to_envoy_refused_target(pki, tmp_path):
     with (
         refused_port() as port,
@@ -330,6 +338,7 @@ async def test_us_to_envoy_refused_target(pki, tmp_path):
             await (await client.open_tunnel(app.target)).aclose()
 
 
+@pytest.mark.wire("W-GOAWAY-1")
 async def test_us_to_envoy_its_goaway_lets_our_transfer_finish(pki, tmp_path):
     with (
         Backend(send_then_receive(BULK)) as app,
@@ -355,6 +364,7 @@ async def test_us_to_envoy_its_goaway_lets_our_transfer_finish(pki, tmp_path):
         assert app.wait_connection(0).received == BULK
 
 
+@pytest.mark.wire("W-POOL-7")
 async def test_the_pool_goes_on_after_envoys_goaway(pki, tmp_path):
     with (
         Backend(echo) as app,

@@ -7,6 +7,7 @@ lists: when a new release of a peer mends one, the test here fails and the page 
 from __future__ import annotations
 
 import contextlib
+import ssl
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from support.apps import dial, exchange
 from support.backends import Backend, echo, ends_first, generate, http_app, pattern, pattern_sha, refused_port, sink
 from support.certs import CLIENT, SERVER
 from support.foreign import Curl, Envoy, NodePeer, Process
-from support.frames import Kind
+from support.frames import Code, Kind
 from support.rawpeer import Ended, RawListener, RawPeer
 
 MIB = 1 << 20
@@ -147,6 +148,34 @@ def test_curl_does_not_take_end_stream_for_an_end(pki):
                 curl.get("http://10.0.0.1/", got.append)
             assert b"".join(got) == b"all of it"
         served.result(10)
+
+
+def test_node_ends_its_half_before_it_resets(pki, tmp_path):
+    # stream.close(CANCEL) with nothing left to write: END_STREAM first, so a cut upload looks whole for a moment.
+    with RawListener(pki.server) as listener, NodePeer.client(tmp_path, pki.client, listener.port) as node:
+        with listener.accept() as peer:
+            peer.open()
+            node.tell("tunnel", id=1, target="10.0.0.1:80", half_close=False)
+            peer.wait_for(Kind.HEADERS, stream=1)
+            peer.send(frames.response(1) + frames.data(1, b"x"))
+            node.wait("first-byte", id=1)
+            node.tell("reset", id=1)
+            assert peer.wait_for(stream=1).end_stream
+            assert peer.wait_for(Kind.RST_STREAM, stream=1).code == Code.CANCEL
+
+
+def test_node_tells_nobody_that_its_idle_session_was_refused(pki, tmp_path):
+    with (
+        RawListener(pki.server) as listener,
+        NodePeer.client(tmp_path, pki.foreign, listener.port) as node,
+    ):
+        with pytest.raises(ssl.SSLError):
+            listener.accept()
+        node.wait("tls")
+        with pytest.raises(TimeoutError):
+            node.wait("session-closed", timeout=0.5)
+        node.tell("tunnel", id=1, target="10.0.0.1:80")
+        assert node.wait("stream-closed", id=1)["status"] is None
 
 
 @pytest.mark.parametrize("habit", ["generate", "sink"])

@@ -4,8 +4,8 @@
 // server: {role, cert, key, roots, allow: [SPIFFE ids] | null}   -> {event: "listening", port}
 //   commands: {do: "goaway"}  every session: GOAWAY(NO_ERROR), live streams go on
 // client: {role, cert, key, roots, port, expect}                 -> {event: "connected"}
-//   commands: {do: "tunnel", id, target, upload, download, half_close}  upload bytes come from `seed` file pieces
-//             {do: "goaway"} | {do: "close"}
+//   commands: {do: "tunnel", id, target, upload, half_close}  `upload` is a file or null
+//             {do: "end", id} | {do: "reset", id} | {do: "goaway"} | {do: "close"}
 'use strict';
 const crypto = require('crypto');
 const fs = require('fs');
@@ -103,7 +103,12 @@ function client() {
   const streams = new Map();
   commands({
     tunnel: ({ id, target, upload, half_close: halfClose, headers }) => {
-      const stream = session.request({ ':method': 'CONNECT', ':authority': target, ...headers });
+      let stream;
+      try {
+        stream = session.request({ ':method': 'CONNECT', ':authority': target, ...headers });
+      } catch (error) {
+        return say({ event: 'stream-closed', id, status: null, error: error.message });
+      }
       streams.set(id, stream);
       const got = crypto.createHash('sha256');
       let size = 0;

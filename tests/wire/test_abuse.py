@@ -188,6 +188,7 @@ def cut_off(peer, code=Code.ENHANCE_YOUR_CALM, timeout=10):
     assert peer.goaway_code() == code
 
 
+@pytest.mark.wire("W-LIM-5", "W-LIM-10")
 def test_rapid_reset():
     with Backend(hold) as victim, under_attack() as (server, _), server.dial() as peer:
         peer.open()
@@ -201,6 +202,7 @@ def test_rapid_reset():
             assert seen.done.wait(10), "a connection to the backend outlived its session"
 
 
+@pytest.mark.wire("W-LIM-5")
 def test_requests_that_make_us_reset_them():
     # CVE-2025-8671: the same with the roles turned; WINDOW_UPDATE of 0 makes the server send the reset.
     with Backend(hold) as victim, under_attack() as (server, _), server.dial() as peer:
@@ -260,6 +262,7 @@ FLOODS = {
     [*((kind, True) for kind in FLOODS), ("ping", False), ("settings", False), ("data_on_a_closed_stream", False)],
     ids=lambda value: value if isinstance(value, str) else "reading" if value else "never_reading",
 )
+@pytest.mark.wire("W-LIM-4", "W-LIM-6", "W-LIM-7", "W-LIM-10")
 def test_flood(kind, reading):
     timeouts = {"ping_interval": 1.0, "ping_timeout": 2.0, "close": 0.5}
     with under_attack(timeouts=timeouts) as (server, app), server.dial() as peer:
@@ -284,6 +287,7 @@ def test_flood(kind, reading):
             assert Code.ENHANCE_YOUR_CALM in codes
 
 
+@pytest.mark.wire("W-LIM-2")
 def test_continuation_without_end():
     with under_attack() as (server, _), server.dial() as peer:
         peer.open()
@@ -301,6 +305,7 @@ def test_empty_continuation_without_end():
         cut_off(peer)
 
 
+@pytest.mark.wire("W-LIM-2")
 def test_header_block_of_many_megabytes():
     with under_attack() as (server, _), server.dial() as peer:
         peer.open()
@@ -308,6 +313,7 @@ def test_header_block_of_many_megabytes():
         cut_off(peer)
 
 
+@pytest.mark.wire("W-LIM-1")
 def test_hpack_bomb():
     # One large field goes into the table, then thousands of one-byte references to it: 40 MB out of 10 kB.
     large = b"\x40\x01x" + b"\x7f\x9d\x1e" + b"v" * 3996
@@ -335,6 +341,7 @@ def test_large_header_lists_without_end():
 
 
 @pytest.mark.parametrize("stream", [0, 1])
+@pytest.mark.wire("W-FLOW-6", "W-ERR-2")
 def test_window_overflow(stream):
     with under_attack() as (server, app), server.dial() as peer:
         peer.open()
@@ -357,6 +364,7 @@ def test_more_data_than_the_window():
 
 
 @pytest.mark.parametrize("bytes_sent", [b"", bytes.fromhex("16030106000100")], ids=["nothing", "half_a_hello"])
+@pytest.mark.wire("W-LIM-9")
 def test_stalled_handshakes(bytes_sent):
     with under_attack(timeouts={"handshake": 1.0, "close": 0.5}) as (server, _):
         peers = [server.dial(handshake=False) for _ in range(50)]
@@ -385,6 +393,7 @@ def test_stalled_preface(stage):
             peer.close()
 
 
+@pytest.mark.wire("W-LIM-9")
 def test_no_connect_ever():
     timeouts = {"first_request": 1.0, "close": 0.5}
     with under_attack(timeouts=timeouts) as (server, _), server.dial() as peer:
@@ -392,6 +401,7 @@ def test_no_connect_ever():
         cut_off(peer, Code.NO_ERROR)
 
 
+@pytest.mark.wire("W-PING-3")
 def test_no_answer_to_ping():
     timeouts = {"ping_interval": 0.3, "ping_timeout": 0.5, "close": 0.5}
     with under_attack(timeouts=timeouts) as (server, app), server.dial() as peer:
@@ -401,6 +411,7 @@ def test_no_answer_to_ping():
         peer.wait_end()
 
 
+@pytest.mark.wire("W-LIM-7", "W-LIM-10")
 def test_a_peer_that_never_reads():
     # It asks for downloads without end, grants all the credit there is, and reads nothing.
     timeouts = {"ping_interval": 1.0, "ping_timeout": 2.0, "close": 0.5}
@@ -429,6 +440,7 @@ def test_unread_downloads_are_bounded_per_session():
         peer.fence()
 
 
+@pytest.mark.wire("W-LIM-9", "W-LIM-10")
 def test_ten_thousand_half_open_connections():
     import resource
 

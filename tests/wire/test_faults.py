@@ -62,6 +62,7 @@ def is_end(got):
 
 @pytest.mark.parametrize("sent", [0, 100_000])
 @pytest.mark.parametrize("uploading", [False, True])
+@pytest.mark.wire("W-RST-1")
 async def test_fault_01_a_reset_of_the_backend_is_no_clean_end(sent, uploading):
     def script():
         with near.dial() as peer:
@@ -87,6 +88,7 @@ async def test_fault_01_a_reset_of_the_backend_is_no_clean_end(sent, uploading):
     "end",
     ["rst_cancel", "rst_no_error", "rst_internal_error", "tcp_reset", "tcp_fin", "close_notify", "goaway_and_fin"],
 )
+@pytest.mark.wire("W-RST-3", "W-RST-4")
 async def test_fault_02_a_client_that_breaks_off_is_a_reset_for_the_backend(end):
     def script():
         with near.dial() as peer:
@@ -118,6 +120,7 @@ async def test_fault_02_a_client_that_breaks_off_is_a_reset_for_the_backend(end)
 
 
 @pytest.mark.parametrize("order", ["client_first", "backend_first", "client_during_download", "backend_during_upload"])
+@pytest.mark.wire("W-CLOSE-1", "W-CLOSE-2", "W-CLOSE-3", "W-CLOSE-4", "W-CLOSE-5")
 async def test_fault_03_half_close_is_exact_in_all_four_orders(order):
     size = 16 * MIB
     habit = {
@@ -147,6 +150,7 @@ async def test_fault_03_half_close_is_exact_in_all_four_orders(order):
             await run(script)
 
 
+@pytest.mark.wire("W-REQ-12")
 async def test_fault_03_a_connect_that_ends_at_once_still_gets_the_whole_answer():
     def script():
         with near.dial() as peer:
@@ -161,6 +165,7 @@ async def test_fault_03_a_connect_that_ends_at_once_still_gets_the_whole_answer(
 
 
 @pytest.mark.parametrize("who", ["client_says_goaway", "server_drains"])
+@pytest.mark.wire("W-GOAWAY-1", "W-GOAWAY-5")
 async def test_fault_04_the_tail_of_a_download_survives_a_drain(who):
     size = 8 * MIB
 
@@ -213,6 +218,7 @@ async def test_fault_04_the_tail_of_a_download_survives_a_drain(who):
     ],
     ids=["upper_case", "cr", "lf", "nul", "unknown_pseudo_header", "window_update_0"],
 )
+@pytest.mark.wire("W-ERR-1", "W-FLOW-7")
 async def test_fault_05_one_bad_request_leaves_the_other_tunnels_alone(attack):
     def script():
         with near.dial() as peer:
@@ -240,6 +246,7 @@ def never_reads(stop):
     return habit
 
 
+@pytest.mark.wire("W-FLOW-1", "W-FLOW-2")
 async def test_fault_06_five_stalled_backends_do_not_freeze_the_sixth():
     stop = threading.Event()
 
@@ -260,6 +267,7 @@ async def test_fault_06_five_stalled_backends_do_not_freeze_the_sixth():
         stop.set()
 
 
+@pytest.mark.wire("W-RSP-1", "W-RSP-3")
 async def test_fault_07_a_refused_target_is_503_and_never_200():
     def script():
         with near.dial() as peer:
@@ -272,6 +280,7 @@ async def test_fault_07_a_refused_target_is_503_and_never_200():
             await run(script)
 
 
+@pytest.mark.wire("W-RST-9")
 async def test_fault_08_beyond_the_stream_limit_only_the_extra_stream_is_refused():
     def script():
         with near.dial() as peer:
@@ -291,6 +300,7 @@ async def test_fault_08_beyond_the_stream_limit_only_the_extra_stream_is_refused
 
 
 @pytest.mark.parametrize("stage", ["nothing", "half_a_client_hello", "no_preface", "half_a_preface", "no_settings"])
+@pytest.mark.wire("W-TLS-9", "W-SET-8")
 async def test_fault_09_a_client_that_stalls_is_let_go(stage):
     def script():
         shakes = stage not in ("nothing", "half_a_client_hello")
@@ -308,6 +318,7 @@ async def test_fault_09_a_client_that_stalls_is_let_go(stage):
         await run(script)
 
 
+@pytest.mark.wire("W-RST-10")
 async def test_fault_10_everything_of_a_dead_session_ends_with_it():
     def script():
         with near.dial() as peer:
@@ -328,6 +339,7 @@ async def test_fault_10_everything_of_a_dead_session_ends_with_it():
             await run(script)
 
 
+@pytest.mark.wire("W-RST-10", "W-RST-4")
 async def test_fault_10_the_backends_of_live_tunnels_end_too_when_their_session_is_cut_off():
     def script():
         with near.dial() as peer:
@@ -348,6 +360,7 @@ async def test_fault_10_the_backends_of_live_tunnels_end_too_when_their_session_
             await run(script)
 
 
+@pytest.mark.wire("W-FLOW-4")
 async def test_fault_11_padding_is_credited_to_the_last_byte():
     size = 12_000
 
@@ -369,6 +382,7 @@ async def test_fault_11_padding_is_credited_to_the_last_byte():
 
 
 @pytest.mark.parametrize("end_stream", [True, False])
+@pytest.mark.wire("W-DATA-3")
 async def test_fault_12_headers_inside_a_tunnel_are_a_stream_error(end_stream):
     def script():
         with near.dial() as peer:
@@ -450,6 +464,7 @@ STREAM_ERRORS = {
 
 
 @pytest.mark.parametrize("name", SESSION_ERRORS)
+@pytest.mark.wire("W-ERR-2", "W-ERR-3", "W-LIM-3")
 async def test_fault_13_a_session_error_has_the_code_of_the_rfc(name):
     raw, code = SESSION_ERRORS[name]
 
@@ -468,6 +483,7 @@ async def test_fault_13_a_session_error_has_the_code_of_the_rfc(name):
 
 
 @pytest.mark.parametrize("name", STREAM_ERRORS)
+@pytest.mark.wire("W-ERR-2", "W-CLOSE-6", "W-FLOW-7")
 async def test_fault_13_a_stream_error_has_the_code_of_the_rfc(name):
     raw, code = STREAM_ERRORS[name]
 
@@ -488,6 +504,7 @@ async def test_fault_13_a_stream_error_has_the_code_of_the_rfc(name):
 
 
 @pytest.mark.parametrize("which", ["stream", "session"])
+@pytest.mark.wire("W-FLOW-6")
 async def test_fault_13_more_data_than_the_window_is_a_flow_control_error(which):
     stop = threading.Event()
 
@@ -559,6 +576,7 @@ BREAKS = ["tcp_reset", "bare_fin", "close_notify", "goaway_with_error", "goaway_
 
 
 @pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.wire("W-RST-4")
 async def test_fault_14_a_session_that_breaks_in_mid_download_is_never_an_end(how):
     def script(listener):
         with listener.accept() as peer:
@@ -579,6 +597,7 @@ async def test_fault_14_a_session_that_breaks_in_mid_download_is_never_an_end(ho
 
 
 @pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.wire("W-RST-3", "W-RST-4")
 async def test_fault_14_the_application_behind_the_relay_sees_a_reset(how):
     def script(listener):
         with listener.accept() as peer:
@@ -610,6 +629,7 @@ async def tcp_pair():
 
 
 @pytest.mark.parametrize("code", [Code.INTERNAL_ERROR, Code.CONNECT_ERROR, Code.CANCEL, Code.NO_ERROR])
+@pytest.mark.wire("W-RST-5")
 async def test_fault_15_a_reset_stream_is_never_an_end(code):
     def script(listener):
         with listener.accept() as peer:
@@ -630,6 +650,7 @@ async def test_fault_15_a_reset_stream_is_never_an_end(code):
 
 
 @pytest.mark.parametrize("code", [Code.INTERNAL_ERROR, Code.CONNECT_ERROR, Code.CANCEL])
+@pytest.mark.wire("W-RST-3")
 async def test_fault_15_a_reset_stream_is_a_reset_for_the_application(code):
     def script(listener):
         with listener.accept() as peer:
@@ -651,6 +672,7 @@ async def test_fault_15_a_reset_stream_is_a_reset_for_the_application(code):
             assert isinstance(end, trio.BrokenResourceError)
 
 
+@pytest.mark.wire("W-RST-2")
 async def test_fault_15_the_applications_own_reset_is_no_end_stream():
     def script(listener):
         with listener.accept() as peer:
@@ -670,6 +692,7 @@ async def test_fault_15_the_applications_own_reset_is_no_end_stream():
             hard_close(application.socket)
 
 
+@pytest.mark.wire("W-RST-7")
 async def test_fault_15_abort_is_a_reset():
     def script(listener):
         with listener.accept() as peer:
@@ -685,6 +708,7 @@ async def test_fault_15_abort_is_a_reset():
         tunnel.abort()
 
 
+@pytest.mark.wire("W-GOAWAY-1", "W-GOAWAY-5")
 async def test_fault_16_the_tail_of_an_upload_survives_goaway():
     size = 8 * MIB
 
@@ -717,6 +741,7 @@ async def test_fault_16_the_tail_of_an_upload_survives_goaway():
 
 
 @pytest.mark.parametrize("how", ["refused_stream", "goaway_below"])
+@pytest.mark.wire("W-POOL-6", "W-GOAWAY-2")
 async def test_fault_17_what_the_peer_did_not_process_is_asked_again_elsewhere(how):
     def script(listener):
         with listener.accept() as first:
@@ -755,6 +780,7 @@ async def test_fault_17_without_a_pool_it_says_that_asking_again_is_safe():
             await client.open_tunnel(TARGET)
 
 
+@pytest.mark.wire("W-POOL-2")
 async def test_fault_17_a_server_of_ten_streams_serves_forty_tunnels():
     sessions = []
 
@@ -798,6 +824,7 @@ async def test_fault_17_a_server_of_ten_streams_serves_forty_tunnels():
         assert len(sessions) == 4
 
 
+@pytest.mark.wire("W-SET-3")
 async def test_fault_17_no_request_leaves_before_the_peers_settings():
     def script(listener):
         with listener.accept() as peer:
@@ -830,6 +857,7 @@ BAD_ANSWERS = {
 
 
 @pytest.mark.parametrize("name", BAD_ANSWERS)
+@pytest.mark.wire("W-RSP-6", "W-RSP-7", "W-RSP-13", "W-ERR-1")
 async def test_fault_18_a_malformed_answer_opens_no_tunnel_and_costs_its_stream(name):
     def script(listener):
         with listener.accept() as peer:
@@ -850,6 +878,7 @@ async def test_fault_18_a_malformed_answer_opens_no_tunnel_and_costs_its_stream(
 
 
 @pytest.mark.parametrize("length", ["0", "5", "1000000"])
+@pytest.mark.wire("W-RSP-6", "W-RSP-9")
 async def test_fault_18_a_content_length_on_the_200_is_ignored(length):
     def script(listener):
         with listener.accept() as peer:
@@ -864,6 +893,7 @@ async def test_fault_18_a_content_length_on_the_200_is_ignored(length):
         await tunnel.send_eof()
 
 
+@pytest.mark.wire("W-SET-5")
 async def test_fault_18_a_server_must_not_announce_push():
     def script(listener):
         with listener.accept() as peer:
@@ -876,6 +906,7 @@ async def test_fault_18_a_server_must_not_announce_push():
                 pytest.fail("connected")
 
 
+@pytest.mark.wire("W-RSP-10")
 async def test_fault_19_a_200_that_ends_its_half_leaves_the_other_open():
     def script(listener):
         with listener.accept() as peer:
@@ -891,6 +922,7 @@ async def test_fault_19_a_200_that_ends_its_half_leaves_the_other_open():
         await tunnel.send_eof()
 
 
+@pytest.mark.wire("W-FLOW-8", "W-FLOW-5")
 async def test_fault_20_tunnels_take_fair_turns_for_the_sessions_window():
     step = 16_384
     both_wait = threading.Event()
@@ -934,6 +966,7 @@ async def test_fault_20_tunnels_take_fair_turns_for_the_sessions_window():
             both_wait.set()
 
 
+@pytest.mark.wire("W-FLOW-1", "W-FLOW-2", "W-LIM-8")
 async def test_fault_21_eight_unread_downloads_block_nobody():
     window = 256 * 1024
 
@@ -959,6 +992,7 @@ async def test_fault_21_eight_unread_downloads_block_nobody():
         assert [tunnel.statistics().receive_buffered for tunnel in unread] == [window] * 8
 
 
+@pytest.mark.wire("W-RSP-12")
 async def test_fault_22_an_unanswered_connect_ends():
     def script(listener):
         with listener.accept() as peer:
@@ -977,6 +1011,7 @@ async def test_fault_22_an_unanswered_connect_ends():
 
 
 @pytest.mark.parametrize("stage", ["handshake", "settings"])
+@pytest.mark.wire("W-TLS-9", "W-SET-8")
 async def test_fault_22_an_opening_that_stalls_ends(stage):
     def script(listener):
         with listener.accept(handshake=stage != "handshake") as peer:
@@ -990,6 +1025,7 @@ async def test_fault_22_an_opening_that_stalls_ends(stage):
                 pytest.fail("connected")
 
 
+@pytest.mark.wire("W-PING-3", "W-RST-4")
 async def test_fault_22_a_peer_that_answers_no_ping_is_given_up():
     def script(listener):
         with listener.accept() as peer:
@@ -1008,6 +1044,7 @@ async def test_fault_22_a_peer_that_answers_no_ping_is_given_up():
             assert "PING" in str(end.__cause__)
 
 
+@pytest.mark.wire("W-POOL-3")
 async def test_fault_23_a_session_that_was_full_is_used_again():
     def script(listener):
         with listener.accept() as peer:
@@ -1029,6 +1066,7 @@ async def test_fault_23_a_session_that_was_full_is_used_again():
                 await tunnel.aclose()
 
 
+@pytest.mark.wire("W-SET-4")
 async def test_fault_23_the_limit_is_the_one_of_now():
     def script(listener):
         with listener.accept() as first:

@@ -110,6 +110,7 @@ def take_all(peer, stream):
 
 
 @pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.wire("W-REQ-3", "W-REQ-4", "W-REQ-5", "W-REQ-6", "W-REQ-7", "W-REQ-8", "W-REQ-9", "W-ERR-1", "W-LIM-1")
 async def test_a_malformed_connect_costs_its_own_stream(name):
     fields, expected = MALFORMED[name]
 
@@ -161,6 +162,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.wire("W-REQ-8", "W-REQ-9", "W-REQ-10")
 async def test_an_odd_but_harmless_header_opens_the_tunnel(name):
     def script():
         with near.dial() as peer:
@@ -175,6 +177,7 @@ async def test_an_odd_but_harmless_header_opens_the_tunnel(name):
             await run(script)
 
 
+@pytest.mark.wire("W-REQ-11", "W-FLOW-9", "W-RST-8")
 async def test_data_sent_with_a_refused_connect_is_drained_and_credited():
     # A client may send before it has seen the answer; what it sent must not be lost from the session's window.
     def script():
