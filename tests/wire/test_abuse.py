@@ -475,3 +475,16 @@ def test_ten_thousand_half_open_connections():
         for sock in held:
             sock.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_peer_that_acknowledges_each_byte_is_no_abuser():
+    # Two WINDOW_UPDATE frames for each byte of an interactive session, as simple stacks send them.
+    with under_attack() as (server, app), server.dial() as peer:
+        peer.open()
+        assert peer.tunnel(1, app.target) == 200
+        for _ in range(3000):
+            peer.send(frames.data(1, b"k"))
+            assert peer.take_data(1, 1) == b"k"
+        peer.send(frames.data(1, end=True))
+        assert peer.take_data(1) == b""
+        assert peer.goaway_code() is None
