@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import requests
 from support.apps import dial, exchange
-from support.backends import Backend, echo, hold, http_app, pattern, pattern_sha, sink
+from support.backends import Backend, echo, http_app, pattern, pattern_sha, sink
 from support.certs import CLIENT, SERVER
 from support.command import Node, files, hbone
 
@@ -293,10 +293,11 @@ def test_peers_go_elsewhere_when_a_node_drains(pair):
 
 @pytest.mark.parametrize("which", ["outbound", "inbound"])
 def test_the_deadline_ends_what_is_left(pair, which):
-    with Backend(hold) as app:
+    with Backend(echo) as app:
         before, behind = pair(app, "--drain-deadline", "0.1", inbound=("--drain-deadline", "0.1"))
         sock = dial(before.port("forward"))
-        app.connection()
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
         node = {"outbound": before, "inbound": behind}[which]
         assert node.stop() == 0
         with pytest.raises(ConnectionResetError):
@@ -309,10 +310,11 @@ def test_the_deadline_ends_what_is_left(pair, which):
 @pytest.mark.parametrize("which", ["outbound", "inbound"])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_quits_at_once(pair, which, second):
-    with Backend(hold) as app:
+    with Backend(echo) as app:
         before, behind = pair(app, "--drain-deadline", "600", inbound=("--drain-deadline", "600"))
         sock = dial(before.port("forward"))
-        app.connection()
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
         node = {"outbound": before, "inbound": behind}[which]
         node.signal(signal.SIGTERM)
         node.event("draining")
