@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from functools import lru_cache
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 from hbone.errors import InvalidAddress, RemoteProtocolError

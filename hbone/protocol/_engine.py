@@ -745,9 +745,7 @@ class Engine:
         elif before <= 0 < stream.send_window:
             events.append(ev.WindowOpened(stream_id))
 
-    def _headers_frame(
-        self, flags: int, stream_id: int, payload: bytes, now: float, events: list[ev.Event]
-    ) -> None:
+    def _headers_frame(self, flags: int, stream_id: int, payload: bytes, now: float, events: list[ev.Event]) -> None:
         start, padding = 0, 0
         if flags & Flag.PADDED:
             if not payload:
@@ -780,9 +778,7 @@ class Engine:
         else:
             self._request(self._block_stream, plain, now, events)
 
-    def _request(
-        self, stream_id: int, headers: list[tuple[bytes, bytes]], now: float, events: list[ev.Event]
-    ) -> None:
+    def _request(self, stream_id: int, headers: list[tuple[bytes, bytes]], now: float, events: list[ev.Event]) -> None:
         live = self.streams.get(stream_id)
         if live is not None:
             # RFC 9113 section 8.5: nothing but DATA and stream management on a connected stream.
@@ -830,9 +826,7 @@ class Engine:
         self.refuse(stream.id, status)
         events.append(ev.InvalidRequest(stream.id, why, status))
 
-    def _response(
-        self, stream_id: int, headers: list[tuple[bytes, bytes]], now: float, events: list[ev.Event]
-    ) -> None:
+    def _response(self, stream_id: int, headers: list[tuple[bytes, bytes]], now: float, events: list[ev.Event]) -> None:
         stream = self.streams.get(stream_id)
         if stream is None:
             if self._is_idle(stream_id):
@@ -857,7 +851,8 @@ class Engine:
         if response.informational:
             self._control.spend(now, "informational responses")
             if ends:
-                self._stream_error(stream, ErrorCode.PROTOCOL_ERROR, "END_STREAM on an informational response", now, events)
+                why = "END_STREAM on an informational response"
+                self._stream_error(stream, ErrorCode.PROTOCOL_ERROR, why, now, events)
             return
         stream.answered = True
         stream.refused = not 200 <= response.status <= 299

@@ -1,4 +1,4 @@
-"""What the engine tells its driver. Values only; the one that carries payload is a view that lives until the next read."""
+"""What the engine tells its driver. Values only; the one with payload is a view that lives until the next read."""
 
 from __future__ import annotations
 

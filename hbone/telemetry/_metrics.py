@@ -25,7 +25,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from hbone.telemetry._cause import NO_FLAG, OTHER, failure_cause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
 

@@ -25,7 +25,7 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     async with trio.open_nursery() as nursery:
         try:
             yield nursery
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 - raised again below, whatever it is
             error = exc
         # Shielded, the nursery swallows its tasks' Cancelled also when more than itself is cancelled. It would
         # raise them otherwise, and the error of the block would be lost.

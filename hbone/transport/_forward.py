@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from hbone.address import Authority, Endpoint
 from hbone.errors import ConnectFailed, HboneError, InvalidAddress, RequestRejected
 from hbone.protocol import ConnectResponse
 from hbone.transport._relay import relay, reset_socket
@@ -17,6 +16,7 @@ from hbone.transport._tcp import connect_tcp
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from hbone.address import Authority, Endpoint
     from hbone.identity import IdentityPattern
     from hbone.transport._server import TunnelRequest
 

@@ -63,15 +63,15 @@ def _direct() -> tuple[
     Callable[[SSL.Connection, memoryview], tuple[int, SSL.Error | None]], Callable[[SSL.Connection, memoryview], int]
 ]:
     private: Any = SSL
-    lib, ffi = private._lib, private._ffi
+    lib, ffi = private._lib, private._ffi  # noqa: SLF001
     ssl_read, ssl_write, get_error, from_buffer = lib.SSL_read, lib.SSL_write, lib.SSL_get_error, ffi.from_buffer
     would_block = {lib.SSL_ERROR_WANT_READ, lib.SSL_ERROR_WANT_WRITE}
     probe: Any = SSL.Connection(SSL.Context(SSL.TLS_METHOD), None)
-    if probe._ssl is None or not callable(probe._raise_ssl_error):
+    if probe._ssl is None or not callable(probe._raise_ssl_error):  # noqa: SLF001
         raise AttributeError("pyOpenSSL's Connection has changed")
 
     def read(connection: Any, buffer: memoryview) -> tuple[int, SSL.Error | None]:
-        ssl = connection._ssl
+        ssl = connection._ssl  # noqa: SLF001
         got, last = 0, len(buffer) - RECORD
         with from_buffer(buffer) as start:
             while got <= last:
@@ -80,21 +80,21 @@ def _direct() -> tuple[
                     if get_error(ssl, count) in would_block:
                         break
                     try:
-                        connection._raise_ssl_error(ssl, count)
+                        connection._raise_ssl_error(ssl, count)  # noqa: SLF001
                     except SSL.Error as exc:
                         return got, exc
                 got += count
         return got, None
 
     def write(connection: Any, data: memoryview) -> int:
-        ssl = connection._ssl
+        ssl = connection._ssl  # noqa: SLF001
         done, size = 0, len(data)
         with from_buffer(data) as start:
             while done < size:
                 count = ssl_write(ssl, start + done, size - done)
                 if count <= 0:
                     if get_error(ssl, count) not in would_block:
-                        connection._raise_ssl_error(ssl, count)
+                        connection._raise_ssl_error(ssl, count)  # noqa: SLF001
                     break
                 done += count
         return done

@@ -22,7 +22,6 @@ from hbone.transport._carrier import SocketCarrier, StreamCarrier
 from hbone.transport._client import HBONE_PORT, shake_hands
 from hbone.transport._session import Session
 from hbone.transport._tcp import accept_from, listen_tcp
-from hbone.transport._tunnel import Tunnel
 from hbone.transport._values import Timeouts
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from hbone.tls import SvidSource
     from hbone.transport._carrier import Carrier
     from hbone.transport._observer import Observer
+    from hbone.transport._tunnel import Tunnel
     from hbone.transport._values import Peer, TunnelStatistics
 
 __all__ = ["HBONEServer", "ServerStatistics", "TunnelRequest"]
@@ -418,7 +418,7 @@ class HBONEServer:
     # === handling ===
 
     async def _handle(self, request: TunnelRequest) -> None:
-        tunnel = request._tunnel
+        tunnel = request._tunnel  # noqa: SLF001 - made for each other
         error: Exception | None = None
         with trio.CancelScope() as scope:
             tunnel.on_gone = scope.cancel
@@ -433,7 +433,7 @@ class HBONEServer:
                 cause = exc.__cause__
                 if not isinstance(cause, (TunnelReset, SessionClosed)) and tunnel.stream.open:
                     _log.exception("the handler of %r failed", request)
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - a handler's failure is its request's, not the server's
                 error = exc
                 _log.exception("the handler of %r failed", request)
             finally:
@@ -452,4 +452,3 @@ def carrier_name(sock: socket.socket | None) -> str:
         return str(Endpoint.from_sockaddr(sock.getpeername()))
     except OSError:
         return "a peer that is gone"
-

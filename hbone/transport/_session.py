@@ -670,5 +670,5 @@ class Session:
         if self.observer is not None:
             try:
                 getattr(self.observer, what)(*args)
-            except Exception:
+            except Exception:  # noqa: BLE001 - told, never asked: it cannot break what it watches
                 _log.exception("observer %r failed in %s", self.observer, what)

@@ -122,9 +122,7 @@ def _tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def listen_tcp(
-    host: str, port: int, *, prepare: Callable[[socket.socket], None] | None = None
-) -> socket.socket:
+def listen_tcp(host: str, port: int, *, prepare: Callable[[socket.socket], None] | None = None) -> socket.socket:
     """Listen on an IP address.
 
     Args:

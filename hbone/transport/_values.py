@@ -29,7 +29,7 @@ class Timeouts:
     first_request: float = 60.0
     """How long a server keeps a session on which nothing was ever asked."""
     idle: float = 900.0
-    """How long a server keeps a session without tunnels: well above the 300 s after which ztunnel lets go of its own."""
+    """How long a server keeps a session without tunnels: well above the 300 s that ztunnel keeps its own."""
     close: float = 2.0
     """To say goodbye: GOAWAY, close_notify, and to read what is still under way."""
     ping_interval: float = 10.0
