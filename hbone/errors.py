@@ -138,7 +138,7 @@ class PeerIdentityMismatch(ConnectFailed):
     """
 
     def __init__(self, *, expected: Iterable[str], presented: str) -> None:
-        self.expected = tuple(expected)
+        self.expected: tuple[str, ...] = tuple(expected)
         self.presented = presented
         super().__init__(f"peer is {presented}, expected {' or '.join(self.expected) or 'nobody'}")
 

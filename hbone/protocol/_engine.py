@@ -112,21 +112,21 @@ class Stream:
     )
 
     def __init__(self, stream_id: int, send_window: int, recv_window: int) -> None:
-        self.id = stream_id
-        self.life = H2StreamStateMachine(stream_id)
+        self.id: int = stream_id
+        self.life: H2StreamStateMachine = H2StreamStateMachine(stream_id)
         """h2's table of what may come next (RFC 9113 section 5.1)."""
-        self.send_window = send_window
+        self.send_window: int = send_window
         """Bytes that the peer still lets us send; may be negative (RFC 9113 section 6.9.2)."""
-        self.recv_window = recv_window
-        self.unacknowledged = 0
+        self.recv_window: int = recv_window
+        self.unacknowledged: int = 0
         """Bytes consumed here and not yet given back by WINDOW_UPDATE."""
-        self.answered = False
+        self.answered: bool = False
         """The final response was sent (server) or received (client)."""
-        self.refused = False
+        self.refused: bool = False
         """The final response was not 2xx."""
-        self.local_ended = False
-        self.remote_ended = False
-        self.open = True
+        self.local_ended: bool = False
+        self.remote_ended: bool = False
+        self.open: bool = True
         """False once it ended both ways or was reset; the engine has forgotten it then."""
 
 
@@ -192,20 +192,20 @@ class Engine:
         self._decoder = hpack.Decoder(max_header_list_size=4 * limits.max_header_list_size)
 
         self.streams: dict[int, Stream] = {}
-        self.send_window = _DEFAULT_WINDOW
+        self.send_window: int = _DEFAULT_WINDOW
         """Bytes that the peer still lets us send on the whole session."""
-        self.max_frame_size = _DEFAULT_FRAME
+        self.max_frame_size: int = _DEFAULT_FRAME
         """Longest payload that the peer takes in one frame."""
-        self.max_outbound_streams = 100
+        self.max_outbound_streams: int = 100
         """Streams that the peer lets us have open; RFC 9113 names no default, 100 is the least it recommends."""
-        self.ready = False
+        self.ready: bool = False
         """The peer's SETTINGS have come: now, not before, the session is open."""
-        self.closed = False
+        self.closed: bool = False
         """The peer broke the session, or we closed it."""
-        self.goaway_received = False
-        self.draining = False
+        self.goaway_received: bool = False
+        self.draining: bool = False
         """We sent GOAWAY: new streams of the peer are refused."""
-        self.last_inbound_stream = 0
+        self.last_inbound_stream: int = 0
 
         self._next_stream_id = 1 if client else 2
         self._peer_initial_window = _DEFAULT_WINDOW

@@ -60,7 +60,7 @@ class InboundProxy:
             on_done=self._done,
             **({"connect_timeout": timeouts.connect} if timeouts is not None else {}),
         )
-        self.server = HBONEServer(
+        self.server: HBONEServer = HBONEServer(
             svid,
             handler,
             accept=accept,

@@ -87,9 +87,9 @@ class _Traffic:
     __slots__ = ("closed", "open", "opened", "received", "sent")
 
     def __init__(self) -> None:
-        self.opened = 0
-        self.received = 0
-        self.sent = 0
+        self.opened: int = 0
+        self.received: int = 0
+        self.sent: int = 0
         self.closed: dict[str, int] = {}
         self.open: set[OpenConnection] = set()
 
@@ -160,7 +160,7 @@ class Metrics:
         self._connects: dict[str, _Histogram] = {}
         self._refusals: dict[tuple[str, str], int] = {}
         self._readings: list[tuple[str, str, bool, Callable[[], float]]] = []
-        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry: CollectorRegistry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
 

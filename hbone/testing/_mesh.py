@@ -49,7 +49,7 @@ class Mesh:
     """
 
     def __init__(self, ca: LocalCA | None = None) -> None:
-        self.ca = ca if ca is not None else LocalCA.in_memory()
+        self.ca: LocalCA = ca if ca is not None else LocalCA.in_memory()
         self._background = Background()
 
     def __enter__(self) -> Self:
@@ -164,7 +164,7 @@ class MeshServer:
         self, background: Background, server: HBONEServer, recorder: Recorder, svid: SvidSource, endpoint: Endpoint
     ) -> None:
         self.svid = svid
-        self.address = (str(endpoint.ip), endpoint.port)
+        self.address: tuple[str, int] = (str(endpoint.ip), endpoint.port)
         self._background = background
         self._server = server
         self._recorder = recorder
@@ -231,11 +231,11 @@ class MeshPair:
         """Not for you: see `Mesh.pair`."""
         self.client = client
         self.server = server
-        self.address = (_LOOPBACK, ports.forward)
-        self.url = f"http://{_LOOPBACK}:{ports.forward}"
-        self.http_proxy = f"http://{_LOOPBACK}:{ports.http_proxy}"
-        self.socks = f"socks5h://{_LOOPBACK}:{ports.socks}"
-        self.hbone_address = (_LOOPBACK, ports.hbone)
+        self.address: tuple[str, int] = (_LOOPBACK, ports.forward)
+        self.url: str = f"http://{_LOOPBACK}:{ports.forward}"
+        self.http_proxy: str = f"http://{_LOOPBACK}:{ports.http_proxy}"
+        self.socks: str = f"socks5h://{_LOOPBACK}:{ports.socks}"
+        self.hbone_address: tuple[str, int] = (_LOOPBACK, ports.hbone)
         self._background = background
         self._inbound = inbound
         self._outbound = outbound

@@ -193,7 +193,7 @@ class ConnectionPool:
         observer: Observer | None = None,
         dial: Dialler | None = None,
     ) -> None:
-        self.limits = limits or PoolLimits()
+        self.limits: PoolLimits = limits or PoolLimits()
         self._svids = svid
         self._svid: Svid | None = None
         self._source = svid.identity

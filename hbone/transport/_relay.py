@@ -21,8 +21,11 @@ that was reset or whose session ended becomes a TCP reset. Never an end of file 
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import sys
+import termios
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -100,14 +103,13 @@ class Pump:
         try:
             while True:
                 await trio.lowlevel.wait_readable(poller)
-                if session.congested:
-                    await session.wait_uncongested()
                 for fd, ready in poller.poll():
+                    # Wait here and go on with who is next: epoll would begin with the same ones again.
+                    if session.congested:
+                        await session.wait_uncongested()
                     link = links.get(fd)
                     if link is not None:
                         link.ready(ready)
-                        if session.congested:
-                            break
                 session.flush()
         finally:
             self._ended = True  # when all is cancelled, links may let go of it later than it ends
@@ -161,7 +163,7 @@ class Link:
         "write_ended",
     )
 
-    def __init__(self, tunnel: Tunnel, sock: socket.socket, pump: Pump) -> None:
+    def __init__(self, tunnel: Tunnel, sock: socket.socket, pump: Pump | None) -> None:
         self._tunnel = tunnel
         self._sock = sock
         self._fd = sock.fileno()
@@ -172,14 +174,14 @@ class Link:
         self._done = False
         self._waiter: trio.lowlevel.Task | None = None
         self.error: Exception | None = None
-        self.from_socket = 0
+        self.from_socket: int = 0
         """Bytes read from the socket and sent through the tunnel."""
-        self.to_socket = 0
+        self.to_socket: int = 0
         """Bytes that the socket took."""
-        self.linger = False
-        """The tunnel broke after the peer had ended its direction."""
-        self.read_ended = False
-        self.write_ended = False
+        self.linger: bool = False
+        """The tunnel broke, or was half ended, and the application may still send: it must get its end first."""
+        self.read_ended: bool = False
+        self.write_ended: bool = False
 
     @property
     def buffered(self) -> int:
@@ -191,21 +193,23 @@ class Link:
 
         Raises:
             trio.BusyResourceError: the tunnel is in use.
+            trio.ClosedResourceError: it was closed.
         """
         tunnel = self._tunnel
         tunnel.attach(self)
         early = tunnel.take_buffer()
-        self._pump.add(self, self._fd, self._interest)
-        self._watched = True
+        if self._pump is not None:
+            self._pump.add(self, self._fd, self._interest)
+            self._watched = True
         if early:
             self.feed(memoryview(early))
         if tunnel.eof_sent:
-            self.read_ended = True
+            self.read_ended = self.linger = True
             self._want(self._interest & ~READABLE)
-        if tunnel.reset_error is not None:
-            self.tunnel_ended(tunnel.reset_error)
-        elif tunnel.eof_received:
+        if tunnel.eof_received:
             self.feed_eof()
+        if not tunnel.stream.open:
+            self.tunnel_ended(tunnel.reset_error)
         if not self._done and self._interest & READABLE:
             self._read()  # whoever asked for a tunnel has mostly written into it already: do not wait for the poller
         tunnel.session.flush()
@@ -225,6 +229,25 @@ class Link:
     def detach(self) -> None:
         """Let go of the pump."""
         self._finish()
+
+    async def finish_writing(self) -> None:
+        """Write what is left when the tunnel is over: by the relay's own task, as the pump ends with its session."""
+        try:
+            while self._pending:
+                await trio.lowlevel.wait_writable(self._sock)
+                try:
+                    sent = self._sock.send(self._pending)
+                except BlockingIOError:
+                    continue
+                del self._pending[:sent]
+                self._took(sent)
+            if not self.write_ended and self._tunnel.eof_received:
+                self._sock.shutdown(socket.SHUT_WR)
+                self.write_ended = True
+            if self.linger and self.write_ended:
+                await _let_it_read(self._sock)
+        except OSError as exc:
+            self.error = self.error or exc
 
     # === tunnel to socket ===
 
@@ -319,7 +342,7 @@ class Link:
             self._want(self._interest & ~READABLE)
             return
         try:
-            count = self._pump.read(self._sock, credit)
+            count = self._pump.read(self._sock, credit)  # type: ignore[union-attr]  # there is one while we read
         except BlockingIOError:
             return
         except OSError as exc:
@@ -329,7 +352,7 @@ class Link:
             engine.take_credit(stream, count)
             self.from_socket += count
             tunnel.bytes_sent += count
-            self._pump.send(stream.id, count)
+            self._pump.send(stream.id, count)  # type: ignore[union-attr]
             return
         self.read_ended = True
         self._want(self._interest & ~READABLE)
@@ -348,24 +371,24 @@ class Link:
             self._socket_failed(OSError(code, "the application's connection broke"))
         elif self._watched and not self._interest:
             # Both ended, and bytes wait for credit: level-triggered, epoll would tell us of it for ever.
-            self._pump.remove(self._fd)
+            self._pump.remove(self._fd)  # type: ignore[union-attr]
             self._watched = False
 
     # === ends ===
 
     def tunnel_ended(self, error: HboneError | None) -> None:
         """The tunnel is over. With an error the socket is reset, and what it did not take is lost with it."""
-        if error is None or self._done:
+        if self._done:
             return
-        self.error = error
-        if self._tunnel.eof_received:
-            # All of the other direction has come: the socket gets it, and only then learns that nobody reads it.
-            self.linger = True
-            self.read_ended = True
-            self._want(self._interest & ~READABLE)
-            self._maybe_finish()
-        else:
-            self._pending = None
+        if error is not None:
+            self.error = error
+            if self._tunnel.eof_received:
+                # All of the other direction has come: the socket gets it, and only then learns that nobody reads it.
+                self.linger = self.read_ended = True
+            else:
+                self._pending = None
+            self._finish()
+        elif self._pending is not None:
             self._finish()
 
     def _socket_failed(self, exc: OSError) -> None:
@@ -387,14 +410,14 @@ class Link:
             return
         self._done = True
         if self._watched:
-            self._pump.remove(self._fd)
+            self._pump.remove(self._fd)  # type: ignore[union-attr]
             self._watched = False
         if self._waiter is not None:
             waiter, self._waiter = self._waiter, None
             trio.lowlevel.reschedule(waiter)
 
     def _want(self, interest: int) -> None:
-        if interest == self._interest or self._done:
+        if interest == self._interest or self._done or self._pump is None:
             return
         self._interest = interest
         if self._watched:
@@ -456,20 +479,16 @@ def _as_stream(end: _End) -> trio.abc.HalfCloseableStream:
 
 async def _relay_socket(tunnel: Tunnel, sock: socket.socket) -> Link:
     try:
-        link = Link(tunnel, sock, tunnel.session.pump())
-    except LocalProtocolError as exc:  # the session is over before we began
-        link = Link.__new__(Link)
-        link.error, link.from_socket, link.to_socket = tunnel.reset_error or exc, 0, 0
-        reset_socket(sock)
-        await trio.lowlevel.checkpoint()
-        return link
+        pump = tunnel.session.pump()
+    except LocalProtocolError:  # the session is over before we began
+        pump = None
+    link = Link(tunnel, sock, pump)
     try:
         link.start()
         await link.wait()
+        await link.finish_writing()
     finally:
         link.detach()
-        if link.linger and link.write_ended:
-            await _let_it_read(sock)
         if link.read_ended and link.write_ended and link.error is None:
             sock.close()
         else:
@@ -479,17 +498,26 @@ async def _relay_socket(tunnel: Tunnel, sock: socket.socket) -> Link:
 
 
 async def _let_it_read(sock: socket.socket) -> None:
-    """Closing with unread input makes the kernel drop unsent output: read until the application has seen the end."""
-    with trio.move_on_after(_LET_READ):
-        while True:
-            await trio.lowlevel.wait_readable(sock)
-            try:
-                if not sock.recv(_COPY_SIZE):
-                    return
-            except BlockingIOError:
-                pass
-            except OSError:
-                return
+    """A reset makes the kernel drop unsent output: read until the application has had its end, or could have."""
+    while True:
+        with trio.move_on_after(_LET_READ):
+            while True:
+                await trio.lowlevel.wait_readable(sock)
+                try:
+                    if not sock.recv(_COPY_SIZE):
+                        return
+                except BlockingIOError:
+                    pass
+        if not _unsent(sock):
+            return
+
+
+def _unsent(sock: socket.socket) -> int:
+    """Bytes that the other side's kernel has not taken; 0 where that cannot be known."""
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 async def _relay_streams(downstream: trio.abc.HalfCloseableStream, upstream: trio.abc.HalfCloseableStream) -> RelayResult:
@@ -513,11 +541,11 @@ async def _relay_streams(downstream: trio.abc.HalfCloseableStream, upstream: tri
             nursery.start_soon(carry, upstream, downstream, 1)
         clean = not broken
     finally:
-        for end in (downstream, upstream):
-            if clean:
-                await end.aclose()
-            else:
-                await _reset_stream(end)
+        # Also when cancelled in between: the second end is closed whatever happens to the first.
+        try:
+            await (downstream.aclose() if clean else _reset_stream(downstream))
+        finally:
+            await (upstream.aclose() if clean else _reset_stream(upstream))
     return RelayResult(bytes_up=counts[0], bytes_down=counts[1], error=broken[0] if broken else None)
 
 

@@ -99,20 +99,20 @@ class Session:
         self.observer = observer
         self.error: HboneError | None = None
         """Why the session ended; None while it lives and after a graceful end."""
-        self.closed = False
-        self.ready = trio.Event()
+        self.closed: bool = False
+        self.ready: trio.Event = trio.Event()
         """The peer's SETTINGS have come, or the session has failed before."""
         self.on_change: Callable[[], None] | None = None
         """Called, synchronously, when streams end, the peer's limits change, GOAWAY comes, or the session ends."""
-        self.finished = trio.Event()
-        self.tunnels_opened = 0
-        self.tunnels_refused = 0
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self.since_idle = trio.current_time()
+        self.finished: trio.Event = trio.Event()
+        self.tunnels_opened: int = 0
+        self.tunnels_refused: int = 0
+        self.bytes_sent: int = 0
+        self.bytes_received: int = 0
+        self.since_idle: float = trio.current_time()
         """When the last tunnel ended, on trio's clock."""
 
-        self.engine = Engine(
+        self.engine: Engine = Engine(
             client=client,
             limits=limits,
             now=trio.current_time(),

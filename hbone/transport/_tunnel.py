@@ -70,14 +70,14 @@ class Tunnel(trio.abc.HalfCloseableStream):
 
     def __init__(self, session: Session, stream: Stream, request: ConnectRequest) -> None:
         self._session = session
-        self.stream = stream
-        self.request = request
+        self.stream: Stream = stream
+        self.request: ConnectRequest = request
         self.response: ConnectResponse | None = None
-        self.established = False
+        self.established: bool = False
         self.on_gone: Callable[[], None] | None = None
         """Called when the stream ends before it was established: the handler of a request is not needed any more."""
-        self.bytes_sent = 0
-        self.bytes_received = 0
+        self.bytes_sent: int = 0
+        self.bytes_received: int = 0
         self._buffer: bytearray | None = None
         self._eof = False
         self._sent_eof = False
@@ -209,7 +209,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
         """
         if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
-        if self._receiver is not None:
+        if self._receiver is not None or self._link is not None:
             raise trio.BusyResourceError("another task is already receiving from this tunnel")
         self._receiver = task = trio.lowlevel.current_task()
         try:
@@ -249,7 +249,8 @@ class Tunnel(trio.abc.HalfCloseableStream):
         not look complete. Everything is queued before the checkpoint, so it leaves in any case.
         """
         if not self._closed:
-            if self.stream.open and not self._sent_eof and trio.current_effective_deadline() > -math.inf:
+            whole = self._link is None and trio.current_effective_deadline() > -math.inf
+            if whole and self.stream.open and not self._sent_eof:
                 self.end()
             self._closed = True
             self._buffer = None
@@ -274,7 +275,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
     # === sending, inside ===
 
     def _begin_sending(self) -> None:
-        if self._sending:
+        if self._sending or self._link is not None:
             raise trio.BusyResourceError("another task is already sending on this tunnel")
         self._sending = True
 
@@ -430,7 +431,10 @@ class Tunnel(trio.abc.HalfCloseableStream):
 
         Raises:
             trio.BusyResourceError: a task is receiving or sending.
+            trio.ClosedResourceError: it was closed.
         """
+        if self._closed:
+            raise trio.ClosedResourceError("this tunnel was closed")
         if self._receiver is not None or self._sending or self._link is not None:
             raise trio.BusyResourceError("this tunnel is in use")
         self._link = link
