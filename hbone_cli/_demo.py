@@ -51,14 +51,15 @@ def command(*, keep: bool, as_json: bool, size: int) -> int:
     with _stopped_by_signals(), Demo(show, size * _MIB) as demo:
         try:
             demo.run()
+            show.succeeded(demo, time.monotonic() - began)
+            if keep:
+                show.invite(demo)
+                _wait_for_interrupt()
         except DemoFailed as failure:
             show.failed(demo, failure, time.monotonic() - began)
             return int(ExitCode.BUG)
-        show.succeeded(demo, time.monotonic() - began)
-        if keep:
-            show.invite(demo)
-            _wait_for_interrupt()
-        show.leaves()
+        finally:
+            show.leaves()
     return int(ExitCode.OK)
 
 
@@ -195,6 +196,7 @@ class _People:
 
     def leaves(self) -> None:
         self._live = False
+        self._end_progress()  # it has hidden the cursor
 
     def _logs(self, demo: Demo) -> None:
         for node, lines in demo.access_log.items():
@@ -209,7 +211,7 @@ class _People:
             for line in last:
                 self._say(f"  {line.expandtabs(1)}")
 
-    def _counters(self, counters: dict[str, dict[str, float]]) -> None:
+    def _counters(self, counters: dict[str, dict[str, int]]) -> None:
         self._say()
         self._say(f"{'Counters':<24}" + "".join(f"{node:>16}" for node in counters), style="bold")
         for name in next(iter(counters.values())):
@@ -231,13 +233,18 @@ class _People:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end us as Ctrl-C does, so that nothing is left behind; while we clean up, nothing more does."""
+    """SIGTERM and SIGHUP end us as Ctrl-C does, so that nothing is left behind. One is enough: we leave in time."""
+    ends = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in ends}
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        for each in ends:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(number)
 
-    ends = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in ends}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     try:
         yield
     finally:

@@ -37,12 +37,17 @@ class Child:
     Args:
         name: for messages.
         what: ``node`` or ``app``.
-        on_line: called, in a thread, with each line that is not for us: the access log.
+        on_line: called, in a thread, with each line of its access log.
+
+    Attributes:
+        lines: of its access log.
+        notes: what its library has logged.
     """
 
     def __init__(self, name: str, what: str, on_line: Callable[[str], None] | None = None) -> None:
         self.name = name
         self.lines: list[str] = []
+        self.notes: list[str] = []
         self._on_line = on_line
         self._facts: list[dict[str, Any]] = []
         self._news = threading.Condition()
@@ -94,6 +99,15 @@ class Child:
         self._wait(lambda: len(self.lines) >= count, timeout, f"wrote fewer than {count} lines of access log")
         return list(self.lines)
 
+    def wait_note(self, timeout: float = 10.0) -> str:
+        """Wait for something in the log of its library; gives the last of it.
+
+        Raises:
+            ChildFailed: it ended instead, or took too long.
+        """
+        self._wait(lambda: bool(self.notes), timeout, "logged nothing")
+        return self.notes[-1]
+
     def close_soon(self) -> None:
         """Tell it to leave."""
         assert self._process.stdin is not None
@@ -130,13 +144,16 @@ class Child:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
             line = raw.decode("utf-8", "replace").rstrip("\n")
+            facts = json.loads(line) if line.startswith("{") else None
             with self._news:
-                if line.startswith("{"):
-                    self._facts.append(json.loads(line))
-                else:
+                if facts is None:
                     self.lines.append(line)
+                elif "log" in facts:
+                    self.notes.append(facts["log"])
+                else:
+                    self._facts.append(facts)
                 self._news.notify_all()
-            if self._on_line is not None and not line.startswith("{"):
+            if self._on_line is not None and facts is None:
                 self._on_line(line)
         with self._news:
             self._ended = True

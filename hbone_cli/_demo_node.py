@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import socketserver
@@ -59,6 +60,13 @@ def pattern(size: int) -> Iterator[memoryview]:
 def _say(**facts: object) -> None:
     # To the descriptor, as the access log does, so that lines stay whole.
     os.write(sys.stdout.fileno(), json.dumps(facts).encode() + b"\n")
+
+
+class _Say(logging.Handler):
+    """Hands the library's log on: it says which sessions did not come to be, and why."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(log=record.getMessage())
 
 
 # === the application ===
@@ -154,6 +162,7 @@ async def _run_node() -> None:
     from hbone_cli._life import raise_file_limit
 
     raise_file_limit()
+    logging.basicConfig(level=logging.INFO, handlers=[_Say()])
     orders = _Orders(trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())))
     order = await orders.next()
     if order is None:

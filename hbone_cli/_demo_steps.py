@@ -125,9 +125,10 @@ class Demo:
         self._stack = ExitStack()
         self._step = "start"
         self._expected = ""
+        self._leaving = False
         self.steps: list[Step] = []
         self.route: Route | None = None
-        self.counters: dict[str, dict[str, float]] = {}
+        self.counters: dict[str, dict[str, int]] = {}
         self._ca: LocalCA
         self._foreign_ca: LocalCA
         self.a: Child
@@ -173,6 +174,7 @@ class Demo:
             words = str(problem) or type(problem).__name__
             raise DemoFailed(self._step, words) from problem
         finally:
+            self._leaving = True
             digesting.join()
 
     # === steps ===
@@ -197,6 +199,8 @@ class Demo:
         digest = hashlib.sha256()
         for piece in pattern(self._size):
             digest.update(piece)
+            if self._leaving:
+                return
         self._expected = digest.hexdigest()
 
     def _start(self) -> None:
@@ -224,7 +228,7 @@ class Demo:
             self.b.tell(via=f"{_LOOPBACK}:{a['inbound']}", expect=A, target=target)
             self.ports = {"app": {"port": app}, "a": a | self.a.hear(), "b": b | self.b.hear()}
             seconds = time.monotonic() - began
-            self._done("start", f"{seconds:.1f} s", seconds=round(seconds, 3), ports=self.ports)
+            self._done("start", f"{seconds:.1f} s", seconds=round(seconds, 3))
 
     def _request(self) -> None:
         with self._doing("an HTTP request"), self._connection() as connection:
@@ -335,7 +339,7 @@ class Demo:
             refusal = self._ask_for_a_tunnel(self._ca.issue(STRANGER), PolicyDenied)
         line = self._logged(3 + CONNECTIONS, 4 + CONNECTIONS)
         self._check("status=401" in line and STRANGER in line, f"node b's log does not say so: {line}")
-        self._done("not_allowed", f"refused: {refusal}", status=401, error=str(refusal), log=line)
+        self._done("not_allowed", f"refused by node b: {refusal}", status=401, error=str(refusal), log=line)
 
     def _foreign(self) -> None:
         from hbone import IdentityRefused
@@ -344,7 +348,8 @@ class Demo:
             # It trusts our root, so that it is node b who has to find out.
             foreign = dataclasses.replace(self._foreign_ca.issue(A), bundles={self._ca.trust_domain: self._ca.roots})
             refusal = self._ask_for_a_tunnel(foreign, IdentityRefused)
-        self._done("foreign", f"refused: {refusal}", error=str(refusal))
+        why = re.sub(r"^no session with \S+: ", "", self.b.wait_note())
+        self._done("foreign", f"refused by node b: {why}", error=str(refusal), log=why)
 
     def _ask_for_a_tunnel(self, svid: Svid, refusal: type[Exception]) -> Exception:
         import trio
@@ -375,7 +380,7 @@ class Demo:
                 a, b = self._counters("a", "source", "client"), self._counters("b", "destination", "server")
                 self.counters = {"node a": a, "node b": b}
                 wrong = [
-                    f"{where}: {name} is {values[name]:g}, not {wanted}"
+                    f"{where}: {name} is {values[name]}, not {wanted}"
                     for where, values in self.counters.items()
                     for name, wanted in (
                         ("connections opened", total),
@@ -388,7 +393,7 @@ class Demo:
                     if values[name] != wanted
                 ]
                 wrong += [
-                    f"{name}: {a[name]:g} at node a, {b[name]:g} at node b"
+                    f"{name}: {a[name]} at node a, {b[name]} at node b"
                     for name in ("bytes up", "bytes down")
                     if a[name] != b[name] or a[name] < self._size
                 ]
@@ -397,7 +402,7 @@ class Demo:
                 if time.monotonic() > deadline:  # the last tunnels may still be closing
                     raise DemoFailed(self._step, "; ".join(wrong))
                 time.sleep(0.05)
-        self._done("counters", "add up", **self.counters)
+        self._done("counters", "they add up, and agree")
 
     # === helpers ===
 
@@ -429,13 +434,13 @@ class Demo:
     def _get_json(self, node: str, path: str) -> Any:
         return json.loads(self._get(node, path))
 
-    def _counters(self, node: str, reporter: str, role: str) -> dict[str, float]:
+    def _counters(self, node: str, reporter: str, role: str) -> dict[str, int]:
         scrape = self._get(node, "/metrics")
 
-        def total(name: str, **labels: str) -> float:
+        def total(name: str, **labels: str) -> int:
             lines = re.findall(rf"^{name}(?:\{{(.*)\}})? (\S+)$", scrape, re.MULTILINE)
             wanted = [f'{label}="{value}"' for label, value in labels.items()]
-            return sum(float(value) for found, value in lines if all(want in found for want in wanted))
+            return sum(int(float(value)) for found, value in lines if all(want in found for want in wanted))
 
         return {
             "connections opened": total("istio_tcp_connections_opened_total", reporter=reporter),

@@ -1,0 +1,362 @@
+"""``hbone demo``: what it says is what happened, it fails when something does, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hbone_cli import main
+from hbone_cli._demo_children import Child, ChildFailed
+from hbone_cli._demo_node import pattern
+from hbone_cli._demo_steps import CONNECTIONS, Demo, DemoFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+CART = "spiffe://cluster.local/ns/shop/sa/cart"
+WEB = "spiffe://cluster.local/ns/shop/sa/web"
+COMMAND = [sys.executable, "-m", "hbone_cli", "demo"]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the demo makes its temporary files."""
+    path = tmp_path / "tmp"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    return path
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        env=os.environ | {"COLUMNS": "80"} | environment,
+    )
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # A child of init that nobody has collected yet is as good as gone.
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return status.stdout.strip().startswith("Z") or not status.stdout.strip()
+
+
+def wait_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 15
+    while [pid for pid in pids if not is_gone(pid)]:
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.05)
+
+
+# === what it shows ===
+
+
+@pytest.mark.parametrize("size", [3, 256])
+def test_each_step_and_what_it_says_to_machines(size: int, temporary: Path) -> None:
+    options = [] if size == 256 else ["--size", str(size)]
+    result = run("--json", *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    document = json.loads(result.stdout)
+    assert document["ok"] is True
+    assert document["seconds"] < 30
+    steps = {step["name"]: step for step in document["steps"]}
+    assert list(steps) == [
+        *("start", "request", "upload", "download", "connections", "not_allowed", "foreign", "counters"),
+    ]
+    assert all(step["ok"] for step in steps.values())
+    digest = hashlib.sha256()
+    for piece in pattern(size * MIB):
+        digest.update(piece)
+    for name in ("upload", "download"):
+        assert (steps[name]["bytes"], steps[name]["sha256"]) == (size * MIB, digest.hexdigest())
+        assert steps[name]["megabytes_per_second"] > 0
+    assert steps["connections"]["connections"] == CONNECTIONS
+    assert steps["not_allowed"]["status"] == 401
+    assert "status=401" in steps["not_allowed"]["log"]
+    assert "issuer is not among our roots" in steps["foreign"]["log"]
+    route = document["route"]
+    assert (route["source"], route["destination"], route["tls_version"]) == (CART, WEB, "TLSv1.3")
+    assert route["cipher"] in ("TLS_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256")
+    assert len(document["access_log"]["node a"]) == CONNECTIONS + 3
+    assert len(document["access_log"]["node b"]) == CONNECTIONS + 4
+    a, b = document["counters"]["node a"], document["counters"]["node b"]
+    assert a["connections opened"] == b["connections opened"] == CONNECTIONS + 3
+    assert a["bytes up"] == b["bytes up"] > size * MIB
+    assert (b["tunnels refused (401)"], b["handshakes failed"]) == (1, 1)
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_people_read_without_a_terminal(temporary: Path) -> None:
+    result = run("--size", "1", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "ok an HTTP request" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert "\r" not in result.stdout
+    for words in (
+        CART,
+        WEB,
+        "TLSv1.3",
+        "upload 1 MiB",
+        "SHA-256 equal",
+        "status 401",
+        "another CA",
+        "All of it worked",
+    ):
+        assert words in result.stdout
+    assert re.search(r"connections opened +203 +203", result.stdout)
+    assert "... 199 more" in result.stdout
+
+
+def test_a_terminal_gets_a_progress_bar_and_its_cursor_back(temporary: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*COMMAND, "--size", "64"], stdin=theirs, stdout=theirs, stderr=theirs, env=terminal())
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO is how Linux says that the other end is closed
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    assert process.wait(30) == 0
+    text = shown.decode()
+    assert "━" in text
+    assert "MB/s" in text
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") > 0
+
+
+def terminal() -> dict[str, str]:
+    return {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"} | {"NO_COLOR": ""}
+
+
+# === when it fails ===
+
+
+class Quiet:
+    """A show that interferes."""
+
+    def __init__(self, **hooks: Any) -> None:
+        self.hooks = hooks
+
+    def begins(self, title: str, size: int | None = None) -> None:
+        if title.split()[0] in self.hooks:
+            self.hooks[title.split()[0]]()
+
+    def moved(self, done: int) -> None:
+        if "moved" in self.hooks:
+            self.hooks["moved"](done)
+
+    def ended(self, step: Any) -> None:
+        pass
+
+    def route(self, route: Any) -> None:
+        pass
+
+    def log_line(self, line: str) -> None:
+        pass
+
+
+def test_a_node_that_dies_fails_the_step_in_which_it_does(temporary: Path) -> None:
+    def kill(done: int) -> None:
+        if done >= 4 * MIB:
+            os.kill(demo.b.pid, signal.SIGKILL)
+
+    with Demo(Quiet(moved=kill), 64 * MIB) as demo, pytest.raises(DemoFailed) as failure:
+        demo.run()
+    assert failure.value.step == "upload 64 MiB"
+    assert [step.name for step in demo.steps] == ["start", "request"]
+    assert list(temporary.iterdir()) == []
+
+
+def test_bytes_that_differ_fail_the_step(temporary: Path) -> None:
+    with Demo(Quiet(), 2 * MIB) as demo:
+        digest = demo._digest
+        demo._digest = lambda: (digest(), setattr(demo, "_expected", "0" * 64))  # type: ignore[method-assign]
+        with pytest.raises(DemoFailed, match="upload 2 MiB: SHA-256 is .* instead of 000"):
+            demo.run()
+
+
+def test_a_stranger_who_is_let_in_fails_the_step(temporary: Path) -> None:
+    with Demo(Quiet(), MIB) as demo:
+
+        def issue_as_cart() -> None:
+            issue = demo._ca.issue
+            demo._ca.issue = lambda _: issue(CART)  # type: ignore[method-assign, assignment]
+
+        demo._show = Quiet(a=issue_as_cart)
+        with pytest.raises(DemoFailed, match="a request from bank/teller, who is not allowed: it was let in"):
+            demo.run()
+
+
+def test_a_traffic_that_nobody_asked_for_fails_the_count(temporary: Path) -> None:
+    def one_more() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", demo.ports["a"]["forward"], timeout=10)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+    with Demo(Quiet(the=one_more), MIB) as demo, pytest.raises(DemoFailed, match="connections opened is 204, not 203"):
+        demo.run()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_failure_names_its_step(
+    as_json: bool, temporary: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Demo, "_connections", lambda demo: demo.a.wait_lines(99, timeout=0.1))
+    with pytest.raises(SystemExit) as leaving:
+        main(["demo", "--size", "1", *(["--json"] if as_json else [])])
+    assert leaving.value.code == 1
+    output, errors = capfd.readouterr()
+    why = "node a wrote fewer than 99 lines of access log within 0.1 s"
+    if as_json:
+        document = json.loads(output)
+        assert (document["ok"], document["failed_step"], document["error"]) == (False, "download 1 MiB", why)
+        assert [step["name"] for step in document["steps"]] == ["start", "request", "upload", "download"]
+    else:
+        assert re.fullmatch(rf"hbone: the demo failed after .* s, in step 'download 1 MiB': {why}\n", errors)
+
+
+def test_a_child_that_does_not_start_says_why() -> None:
+    with Child("the application", "no such thing") as child, pytest.raises(ChildFailed, match="no such thing"):
+        child.hear()
+
+
+# === keeping it ===
+
+
+@contextlib.contextmanager
+def kept(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any], list[int]]]:
+    """A demo that goes on, what it has said, and the processes that it has started."""
+    process = subprocess.Popen(
+        [*COMMAND, "--keep", "--json", "--size", "1", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        text = ""
+        for line in process.stdout:
+            text += line
+            if line == "}\n":
+                break
+        children = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        pids = [int(row.split()[0]) for row in children if int(row.split()[1]) == process.pid]
+        assert len(pids) == 3
+        yield process, json.loads(text), pids
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def get(port: int, path: str) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path)
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 129)]
+)
+def test_kept_it_works_until_it_is_told_to_end(number: signal.Signals, code: int, temporary: Path) -> None:
+    with kept() as (process, document, pids):
+        assert document["ok"]
+        assert get(document["ports"]["a"]["forward"], "/").startswith("hello")
+        assert "istio_tcp_connections_opened_total" in get(document["ports"]["b"]["admin"], "/metrics")
+        process.send_signal(number)
+        assert process.wait(20) == code
+        wait_gone(pids)
+    assert list(temporary.iterdir()) == []
+
+
+def test_nobody_outlives_a_demo_that_is_killed(temporary: Path) -> None:
+    with kept() as (process, _, pids):
+        process.kill()
+        process.wait(10)
+        wait_gone(pids)
+
+
+def test_interrupted_in_the_middle_it_leaves_nobody(temporary: Path) -> None:
+    process = subprocess.Popen([*COMMAND, "--size", "65536"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "application " in line:  # the last line of the drawing; the upload is next
+            break
+    rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pids = [int(row.split()[0]) for row in rows.splitlines() if int(row.split()[1]) == process.pid]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    wait_gone(pids)
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_it_invites_to_try(temporary: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "--keep", "--size", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if "Ctrl-C" in line:
+            break
+    tries = [line.partition("    #")[0] for line in lines if line.startswith("curl ")]
+    assert len(tries) == 7
+    (port,) = re.findall(r"curl http://127.0.0.1:(\d+)/$", "\n".join(tries), re.MULTILINE)
+    assert get(int(port), "/").startswith("hello")
+    follow = process.stdout.readline()
+    assert "connection complete" in follow
+    if _curl_works():
+        for line in tries:
+            words = line.replace("/bytes/1000000000", "/bytes/1000000").split()
+            proxies = "" if "-x" in words else "*"
+            done = subprocess.run(
+                [words[0], "-sS", "--fail", "--noproxy", proxies, *words[1:]],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=False,
+            )
+            assert done.returncode == 0, (line, done.stderr)
+    process.send_signal(signal.SIGINT)
+    reader = threading.Thread(target=process.stdout.read)
+    reader.start()
+    assert process.wait(20) == 0
+    reader.join()
+    process.communicate()
+
+
+def _curl_works() -> bool:
+    try:
+        return subprocess.run(["curl", "--version"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
