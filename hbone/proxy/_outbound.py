@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Self
 import trio
 
 from hbone.address import Endpoint
-from hbone.errors import HboneError
+from hbone.errors import BadTarget, ConnectFailed, HboneError, Unreachable
 from hbone.protocol import Forwarded, TraceParent
 from hbone.proxy._ways import BadHandshake, accept_forward, accept_http_connect, accept_socks5
 from hbone.telemetry import AccessRecord, Direction, MetricsObserver, response_flag
-from hbone.transport import ConnectionPool, accept_from, listen_tcp, relay, reset_socket
+from hbone.transport import ConnectionPool, accept_from, listen_tcp, relay, reset_socket, resolve
 
 if TYPE_CHECKING:
     import socket
@@ -203,9 +203,12 @@ class OutboundProxy:
             self._record(None, None, None, began, exc)
             return
         try:
-            tunnel = await self._pool.open_tunnel(
-                way.target, expect=self._expect, via=self._via, headers=self._headers(way)
-            )
+            if way.target.ip is None:
+                tunnel = await self._open_by_name(way)
+            else:
+                tunnel = await self._pool.open_tunnel(
+                    way.target, expect=self._expect, via=self._via, headers=self._headers(way)
+                )
         except HboneError as exc:
             self._record(way, None, None, began, exc)
             await way.failed(exc)
@@ -216,6 +219,21 @@ class OutboundProxy:
         if self._metrics is not None:
             self._metrics.connect_finished("client", trio.current_time() - began)
         await self._relay(way, tunnel, began)
+
+    async def _open_by_name(self, way: WayIn) -> Tunnel:
+        """Names are resolved here: a node serves addresses, and perhaps another one than the first."""
+        try_again: tuple[type[HboneError], ...] = (BadTarget, Unreachable)
+        if self._via is None:  # then each address is a next hop of its own
+            try_again = (*try_again, ConnectFailed)
+        first: HboneError | None = None
+        for target in await resolve(way.target):
+            try:
+                return await self._pool.open_tunnel(
+                    target, expect=self._expect, via=self._via, headers=self._headers(way)
+                )
+            except try_again as exc:
+                first = first or exc
+        raise first or ConnectFailed(f"{way.target.host} has no address")
 
     async def _relay(self, way: WayIn, tunnel: Tunnel, began: float) -> None:
         counted = None
@@ -268,13 +286,14 @@ class OutboundProxy:
     ) -> None:
         if self._access_log is None:
             return
+        authority = None if way is None else str(way.target) if tunnel is None else tunnel.request.authority
         self._access_log.write(
             AccessRecord(
                 direction=Direction.OUTBOUND,
                 src_addr=way.source if way is not None else None,
                 src_identity=self._svid.identity,
                 dst_addr=tunnel.peer.address if tunnel is not None else None,
-                dst_hbone_addr=str(way.target) if way is not None else None,
+                dst_hbone_addr=authority,
                 dst_identity=tunnel.peer.identity if tunnel is not None else None,
                 bytes_sent=counts[0] if counts is not None else None,
                 bytes_recv=counts[1] if counts is not None else None,

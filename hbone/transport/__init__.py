@@ -27,6 +27,7 @@ from hbone.transport._session import Session as Session
 from hbone.transport._tcp import accept_from as accept_from
 from hbone.transport._tcp import connect_tcp as connect_tcp
 from hbone.transport._tcp import listen_tcp as listen_tcp
+from hbone.transport._tcp import resolve as resolve
 from hbone.transport._tunnel import Tunnel as Tunnel
 from hbone.transport._values import Peer as Peer
 from hbone.transport._values import SessionStatistics as SessionStatistics
@@ -66,4 +67,5 @@ __all__ = [
     "listen_tcp",
     "relay",
     "reset_socket",
+    "resolve",
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from hbone.address import Authority
 from hbone.errors import ConnectFailed
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
     from hbone.address import IPAddress
 
-__all__ = ["accept_from", "connect_tcp", "listen_tcp"]
+__all__ = ["accept_from", "connect_tcp", "listen_tcp", "resolve"]
 
 _log: Final = logging.getLogger("hbone")
 
 _BACKLOG: Final = 1024
+#: Addresses of one name that are worth a try.
+_MAX_ADDRESSES: Final = 4
 #: ztunnel's values: a dead peer is noticed after 180 s + 9 * 180 s when it is not noticed by PING before.
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 180, "TCP_KEEPINTVL": 180, "TCP_KEEPCNT": 9}
 
@@ -70,6 +73,22 @@ async def connect_tcp(
         raise ConnectFailed(f"connecting to {where} failed: {_why(exc)}") from exc
     _tune(sock)
     return sock
+
+
+async def resolve(target: Authority) -> tuple[Authority, ...]:
+    """The same target with addresses for its name, in the order in which to try them; itself if it has an address.
+
+    Raises:
+        ConnectFailed: the name does not resolve.
+    """
+    if target.ip is not None:
+        return (target,)
+    try:
+        found = await trio.socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except OSError as exc:  # gaierror is one
+        raise ConnectFailed(f"{target.host} does not resolve: {exc.strerror or exc}") from exc
+    addresses = dict.fromkeys(str(sockaddr[0]).partition("%")[0] for *_, sockaddr in found)
+    return tuple(Authority(address, target.port) for address in addresses)[:_MAX_ADDRESSES]
 
 
 def _why(exc: OSError) -> str:

@@ -1,6 +1,6 @@
 """``--socks PORT``: SOCKS5 (RFC 1928) without authentication, CONNECT only; IPv4, IPv6 and names.
 
-A name is handed on as it is: whoever opens the tunnel resolves it. The reply is sent when the tunnel is up.
+A name is handed on as it is: the proxy resolves it. The reply is sent when the tunnel is up.
 """
 
 from __future__ import annotations
