@@ -62,7 +62,7 @@ def command(
     run_tunnel(
         who.svid(),
         target,
-        via if via is not None else hbone.Authority(target.host, hbone.HBONE_PORT),
+        via,
         hbone.PeerPolicy.matching(*expect) if expect else None,
         Reporter(as_json=json) if verbose else None,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 import hbone
+from hbone.transport import resolve
 from hbone_cli._errors import BrokenTunnel, Interrupted, NoSession, NoTunnel
 from hbone_cli._life import stop_signals
 from hbone_cli._stdio import StandardStreams
@@ -26,7 +27,7 @@ _TIMEOUTS: Final = hbone.Timeouts(close=10.0)
 def run_tunnel(
     svid: hbone.Svid,
     target: hbone.Authority,
-    hop: hbone.Authority | hbone.Endpoint,
+    via: hbone.Authority | hbone.Endpoint | None,
     expect: hbone.PeerPolicy | None,
     reporter: Reporter | None,
 ) -> None:
@@ -38,13 +39,13 @@ def run_tunnel(
         BrokenTunnel: it broke under way.
         Interrupted: by a signal.
     """
-    trio.run(_run, svid, target, hop, expect, reporter)
+    trio.run(_run, svid, target, via, expect, reporter)
 
 
 async def _run(
     svid: hbone.Svid,
     target: hbone.Authority,
-    hop: hbone.Authority | hbone.Endpoint,
+    via: hbone.Authority | hbone.Endpoint | None,
     expect: hbone.PeerPolicy | None,
     reporter: Reporter | None,
 ) -> None:
@@ -57,7 +58,7 @@ async def _run(
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(stop_on_signal)
-            await _carry(svid, target, hop, expect, reporter)
+            await _carry(svid, target, via, expect, reporter)
             nursery.cancel_scope.cancel()
     if stopped:
         raise Interrupted(stopped[0])
@@ -91,22 +92,24 @@ class _EndOfTunnel(hbone.BaseObserver):
 async def _carry(
     svid: hbone.Svid,
     target: hbone.Authority,
-    hop: hbone.Authority | hbone.Endpoint,
+    via: hbone.Authority | hbone.Endpoint | None,
     expect: hbone.PeerPolicy | None,
     reporter: Reporter | None,
 ) -> None:
     end = _EndOfTunnel()
+    hop = via if via is not None else hbone.Authority(target.host, hbone.HBONE_PORT)
     host = hop.host if isinstance(hop, hbone.Authority) else str(hop.ip)
     async with AsyncExitStack() as stack:
         connecting = hbone.HBONEClient.connect(
             host, hop.port, svid=svid, expect=expect, timeouts=_TIMEOUTS, observer=end
         )
         try:
+            targets = await resolve(target) if via is not None else (target,)
             client = await stack.enter_async_context(connecting)
         except hbone.HboneError as error:
             raise NoSession(str(hop)) from error
         try:
-            tunnel = await client.open_tunnel(target)
+            tunnel = await _open(client, targets)
         except hbone.HboneError as error:
             raise NoTunnel from error
         if reporter is not None:
@@ -124,6 +127,20 @@ async def _carry(
         if broken is not None:
             raise BrokenTunnel from _root(broken)
         await tunnel.session.wait_uncongested()
+
+
+async def _open(client: hbone.HBONEClient, targets: tuple[hbone.Authority, ...]) -> hbone.Tunnel:
+    """A tunnel to the first of the targets that the node serves. It serves addresses: never ask for a name."""
+    first: hbone.TunnelRefused | None = None
+    for target in targets:
+        if target.ip is None and client.peer.address is not None:  # the name led us here
+            target = hbone.Authority(str(client.peer.address.ip).partition("%")[0], target.port)
+        try:
+            return await client.open_tunnel(target)
+        except (hbone.BadTarget, hbone.Unreachable) as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _local_failure(failure: OSError) -> Exception:

