@@ -138,7 +138,6 @@ def test_every_marker_names_a_rule_of_ours() -> None:
     assert {name: tests for name, tests in markers().items() if name not in ours} == {}
 
 
-@pytest.mark.xfail(reason="tests of some parts still lack their markers")
 def test_every_rule_of_ours_has_a_test() -> None:
     found = markers()
     assert [rule.name for rule in rules() if rule.ours and rule.name not in found] == []

@@ -101,6 +101,10 @@ def raw_server(context: SSL.Context) -> SSL.Connection:
     return connection
 
 
+@pytest.mark.wire("W-TLS-1")
+@pytest.mark.wire("W-TLS-2")
+@pytest.mark.wire("W-TLS-3")
+@pytest.mark.wire("W-TLS-6")
 def test_two_good_peers() -> None:
     client = client_connection(good(web()), PeerPolicy.exact(DB))
     server = server_connection(good(db()), LOCAL)
@@ -120,6 +124,7 @@ def test_two_good_peers() -> None:
     assert server.recv(10) == b"there"
 
 
+@pytest.mark.wire("W-TLS-7")
 def test_nothing_can_be_resumed() -> None:
     own, peer = good(web()), good(db())
     client = client_connection(own, LOCAL)
@@ -213,6 +218,7 @@ BAD: dict[str, tuple[Made, str, str]] = {
 }
 
 
+@pytest.mark.wire("W-ID-1")
 @pytest.mark.parametrize(("peer", "message", "alert"), BAD.values(), ids=BAD.keys())
 @pytest.mark.parametrize("judge", ["client", "server"])
 def test_bad_peers(judge: str, peer: Made, message: str, alert: str) -> None:
@@ -295,6 +301,7 @@ class TestFederation:
         assert outcome.succeeded
         assert str(peer_facts(connection).identity) == ALIEN
 
+    @pytest.mark.wire("W-ID-2")
     @pytest.mark.parametrize("judge", ["client", "server"])
     def test_one_trust_domain_cannot_vouch_for_another(self, judge: str) -> None:
         for signer, claimed in ((alien_root(), WEB), (root(), ALIEN)):
@@ -325,6 +332,7 @@ class TestFederation:
 class TestForeignPeers:
     """Peers that speak something else, or less."""
 
+    @pytest.mark.wire("W-TLS-1")
     def test_tls_1_2_client(self) -> None:
         server = server_connection(good(db()), LOCAL)
         outcome = shake(raw_client(raw(web(), version=SSL.TLS1_2_VERSION)), server)
@@ -334,12 +342,14 @@ class TestForeignPeers:
         assert received_alert(outcome.client) == "protocol version"
         assert verification_error(server) is None
 
+    @pytest.mark.wire("W-TLS-1")
     def test_tls_1_2_server(self) -> None:
         client = client_connection(good(web()), LOCAL)
         outcome = shake(client, raw_server(raw(db(), version=SSL.TLS1_2_VERSION)))
         assert outcome.client is not None
         assert explain_tls_error(outcome.client) == "the peer does not speak TLS 1.3"
 
+    @pytest.mark.wire("W-TLS-2")
     def test_chacha_only(self) -> None:
         context = raw(web())
         context.set_tls13_ciphersuites(b"TLS_CHACHA20_POLY1305_SHA256")
@@ -349,6 +359,7 @@ class TestForeignPeers:
         assert outcome.client is not None
         assert received_alert(outcome.client) == "handshake failure"
 
+    @pytest.mark.wire("W-TLS-8")
     def test_no_client_certificate(self) -> None:
         server = server_connection(good(db()), LOCAL)
         outcome = shake(raw_client(raw(None)), server)
@@ -362,6 +373,7 @@ class TestForeignPeers:
         assert not shake(client, raw_server(raw(db(), trust=False))).succeeded
         assert isinstance(verification_error(client), PeerIdentityMismatch)
 
+    @pytest.mark.wire("W-TLS-5")
     def test_no_alpn_at_all(self) -> None:
         server = server_connection(good(db()), LOCAL)
         assert shake(raw_client(raw(web(), alpn=())), server).succeeded
@@ -370,11 +382,13 @@ class TestForeignPeers:
         assert shake(client, raw_server(raw(db(), alpn=()))).succeeded
         assert peer_facts(client).alpn is None
 
+    @pytest.mark.wire("W-TLS-5")
     def test_h2_among_others(self) -> None:
         server = server_connection(good(db()), LOCAL)
         assert shake(raw_client(raw(web(), alpn=(b"http/1.1", b"h2"))), server).succeeded
         assert peer_facts(server).alpn == "h2"
 
+    @pytest.mark.wire("W-TLS-5")
     def test_alpn_without_h2(self) -> None:
         server = server_connection(good(db()), LOCAL)
         outcome = shake(raw_client(raw(web(), alpn=(b"http/1.1", b"\xff"))), server)
@@ -388,6 +402,7 @@ class TestForeignPeers:
         # The fault was that peer's: the context serves the next one.
         assert shake(raw_client(raw(web())), server_connection(good(db()), LOCAL)).succeeded
 
+    @pytest.mark.wire("W-TLS-4")
     def test_a_server_that_refuses_our_alpn(self) -> None:
         context = raw(db(), alpn=())
 
@@ -411,6 +426,7 @@ class TestForeignPeers:
             (b"\x00" * 64, "not TLS"),
         ],
     )
+    @pytest.mark.wire("W-TCP-3")
     @pytest.mark.parametrize("role", ["client", "server"])
     def test_plain_text(self, role: str, data: bytes, words: str) -> None:
         make_connection = client_connection if role == "client" else server_connection

@@ -239,6 +239,7 @@ async def ask_in_order(nursery: trio.Nursery, pool: ConnectionPool, n: int, targ
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wire("W-POOL-1")
 async def test_who_shares_a_session_and_who_does_not(autojump_clock: trio.testing.MockClock) -> None:
     pool, dial = make_pool()
     same: list[dict[str, Any]] = [
@@ -340,6 +341,7 @@ async def test_target_and_headers_reach_the_session(autojump_clock: trio.testing
 # --- reuse, growth, waiting ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wire("W-POOL-4")
 async def test_one_hundred_at_once_share_one_dial(autojump_clock: trio.testing.MockClock) -> None:
     pool, dial = make_pool()
     async with pool, trio.open_nursery() as nursery:
@@ -472,6 +474,7 @@ async def test_the_pool_is_full_of_other_keys(autojump_clock: trio.testing.MockC
 # --- dials that fail -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wire("W-POOL-4")
 async def test_a_failed_dial_reaches_all_who_wait_each_with_an_error_of_its_own(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -800,6 +803,7 @@ async def test_a_peer_that_takes_down_each_session_at_once_is_given_up(autojump_
         assert dial.dials == 3
 
 
+@pytest.mark.wire("W-POOL-5")
 async def test_idle_sessions_expire_and_used_ones_do_not(autojump_clock: trio.testing.MockClock) -> None:
     pool, dial = make_pool(idle_timeout=60)
     async with pool:

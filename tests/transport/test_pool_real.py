@@ -206,6 +206,7 @@ async def test_next_hops_by_name_and_source_addresses() -> None:
         assert len({address.port for address in seen}) == len(seen)
 
 
+@pytest.mark.wire("W-POOL-1")
 async def test_identities_never_share() -> None:
     async with serving() as there, ConnectionPool(svid()) as pool:
         await works(await pool.open_tunnel(TARGET, via=there.via, expect=SERVER))
@@ -429,6 +430,7 @@ class Source:
         return self.now
 
 
+@pytest.mark.wire("W-TLS-10")
 async def test_a_new_svid_gets_a_new_session_and_the_old_one_serves_to_its_end() -> None:
     source = Source()
     async with serving() as there, ConnectionPool(source) as pool:
