@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -130,3 +132,11 @@ def test_a_bug_is_one_line_too(monkeypatch):
     assert result.stderr == (
         "hbone: internal error: RuntimeError: no such luck; this should not happen: please report it, with -v\n"
     )
+
+
+def test_the_reference_lists_the_exit_codes():
+    from hbone_cli._errors import ExitCode
+
+    page = Path(__file__).parents[2].joinpath("docs", "reference", "cli.md").read_text()
+    rows = dict(re.findall(r"^\| (\d+) \|[^|]*\| (.*) \|$", page, re.MULTILINE))
+    assert rows == {str(code.value): code.__doc__ for code in ExitCode}
