@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from support import frames
 from support.engines import failure, only, opened, refusals, resets
@@ -269,7 +271,7 @@ def test_what_we_sent_explains_window_updates():
 
 @pytest.mark.wire("W-LIM-6")
 def test_a_peer_that_gives_back_every_byte_by_itself_is_no_abuser():
-    """Keystrokes over a peer that answers each small frame with a WINDOW_UPDATE of the stream and one of the session."""
+    """Keystrokes, and a peer that gives credit for each small frame, to the stream and to the session."""
     side = calm()
     for _ in range(5000):
         assert side.send(1, b"k") == 1
@@ -321,7 +323,7 @@ def test_a_header_block_as_large_as_allowed(pieces):
         block = frames.block([*frames.connect_headers("10.0.0.7:80"), ("baggage", "x" * (size - 53))])
         assert len(block) == size
         cuts = [len(block) * i // pieces for i in range(pieces + 1)]
-        parts = [block[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [block[a:b] for a, b in itertools.pairwise(cuts)]
         raw = frames.headers(stream_id, parts[0], end_headers=pieces == 1)
         for i, part in enumerate(parts[1:], 2):
             raw += frames.continuation(stream_id, part, end_headers=i == pieces)

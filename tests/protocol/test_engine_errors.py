@@ -147,7 +147,8 @@ STREAM_ERRORS = {
     "headers_after_end_stream": (frames.data(1, end=True) + frames.headers(1, [("a", "b")]), Code.STREAM_CLOSED),
     "headers": (frames.headers(1, [("a", "b")]), Code.PROTOCOL_ERROR),
     "headers_with_continuation": (
-        frames.headers(1, frames.block([("a", "b")]), end_headers=False) + frames.continuation(1, b"", end_headers=True),
+        frames.headers(1, frames.block([("a", "b")]), end_headers=False)
+        + frames.continuation(1, b"", end_headers=True),
         Code.PROTOCOL_ERROR,
     ),
 }

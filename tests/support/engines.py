@@ -17,9 +17,6 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from support import frames
-from support.frames import Frame, Kind, Parser
-
 from hbone.protocol import (
     ConnectRequest,
     DataReceived,
@@ -31,6 +28,8 @@ from hbone.protocol import (
     SessionFailed,
     StreamReset,
 )
+from support import frames
+from support.frames import Frame, Kind, Parser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
