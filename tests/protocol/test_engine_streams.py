@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support import frames
-from support.engines import REQUEST, Pair, failure, only, opened, resets
+from support.engines import Pair, failure, only, opened, resets
 from support.frames import Code, Kind, Setting
 
 from hbone.errors import LocalProtocolError, RemoteProtocolError
