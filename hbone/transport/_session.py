@@ -29,6 +29,7 @@ from hbone.errors import (
     ConnectFailed,
     HboneError,
     LocalProtocolError,
+    RemoteProtocolError,
     SessionClosed,
     StreamRefused,
     TunnelRefused,
@@ -60,6 +61,8 @@ _log: Final = logging.getLogger("hbone")
 READ_BUFFER: Final = 512 * 1024
 #: A frame of this payload fills one TLS record with its header.
 RECORD_PAYLOAD: Final = 16_384 - FRAME_HEADER_SIZE
+#: What senders may leave unsent before they wait: one turn of a tunnel, one read of the pump.
+_SENDERS_UNSENT: Final = 512 * 1024
 #: How much of a refusal's body is kept as its reason.
 _MAX_REASON: Final = 512
 
@@ -274,6 +277,11 @@ class Session:
             else:
                 self._control_event(event)
         self.flush()
+        if not failed and len(self._unsent) > self.limits.max_unsent + _SENDERS_UNSENT:
+            # Only what the peer sends makes for more: it asks, and does not read the answers.
+            self.engine.close(ErrorCode.ENHANCE_YOUR_CALM)
+            self._fail(RemoteProtocolError("the peer does not read our answers", ErrorCode.ENHANCE_YOUR_CALM))
+            return True
         return failed
 
     def _control_event(self, event: ev.Event) -> None:
@@ -628,6 +636,11 @@ class Session:
                 await trio.sleep_forever()
             now = trio.current_time()
             if not self.client and not self._tunnels and now >= self._idle_deadline():
+                if not self.engine.ready:
+                    self._fail(SessionClosed(f"the peer sent no SETTINGS within {self.timeouts.settings:g} s"))
+                    self.flush()
+                    self.kill()
+                    return
                 self.begin_drain()
             if self._dispatch(self.engine.on_deadline(now)):
                 self._carrier.shutdown_write()
@@ -641,6 +654,8 @@ class Session:
     def _idle_deadline(self) -> float:
         if self._tunnels or self.draining:
             return float("inf")
+        if not self.engine.ready:  # a client waits for it in `wait_ready`
+            return self.since_idle + self.timeouts.settings
         asked = self.engine.last_inbound_stream > 0
         return self.since_idle + (self.timeouts.idle if asked else self.timeouts.first_request)
 

@@ -144,6 +144,10 @@ class Tunnel(trio.abc.HalfCloseableStream):
             with memoryview(data) as whole, whole.cast("B") as view:
                 done, size = 0, len(view)
                 while done < size:
+                    if session.congested:
+                        await session.wait_uncongested()
+                        self._check_sendable()
+                        continue
                     turn = _SHORT_TURN if session.credit_queue else _TURN
                     credit = session.engine.take_credit(stream, min(size - done, turn))
                     if not credit:
@@ -152,8 +156,6 @@ class Tunnel(trio.abc.HalfCloseableStream):
                         self.bytes_sent += credit
                         session.send_view(stream.id, view[done : done + credit])
                         done += credit
-                        if session.congested:
-                            await session.wait_uncongested()
                     self._check_sendable()
         finally:
             self._sending = False
