@@ -107,7 +107,7 @@ class InboundProxy:
                     bytes_recv=None if refused else result.bytes_up,
                     duration=result.seconds,
                     error=str(result.error) if result.error is not None else None,
-                    status=result.status or None,
+                    status=result.status if refused and result.status else None,
                     flag=result.flag,
                 )
             )

@@ -28,6 +28,8 @@ __all__ = ["Carrier", "SocketCarrier", "StreamCarrier", "WOULD_BLOCK"]
 
 #: `read_into` found nothing.
 WOULD_BLOCK: Final = -1
+#: Seconds for a peer that we refuse to read why.
+_FAREWELL: Final = 0.5
 #: Ciphertext that may wait inside a `StreamCarrier`.
 _MAX_CIPHERTEXT: Final = 256 * 1024
 
@@ -156,9 +158,23 @@ class SocketCarrier(_TLS):
             except SSL.WantWriteError:
                 await trio.lowlevel.wait_writable(self._sock)
             except SSL.Error as exc:
-                raise self._handshake_error(exc) from exc
+                error = self._handshake_error(exc)
+                await self._let_read_alert()
+                raise error from exc
             else:
                 return
+
+    async def _let_read_alert(self) -> None:
+        """Closing while the peer's bytes are unread makes the kernel send RST, and the alert would be lost with it."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+            with trio.move_on_after(_FAREWELL):
+                while True:
+                    await trio.lowlevel.wait_readable(self._sock)
+                    if not self._sock.recv(_MAX_CIPHERTEXT):
+                        return
+        except OSError:
+            pass  # it is gone already
 
     def read_into(self, buffer: memoryview) -> int:
         return self._read(buffer)
