@@ -51,8 +51,7 @@ class _Hbone(click.Group):
         try:
             code = super().main(words, prog_name or "hbone", **extra)
         except (Exception, KeyboardInterrupt) as error:
-            # The message of this one is the whole help. Releases before 8.2 do not have it.
-            if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):  # its message is the whole help
                 error.show()
                 sys.exit(ExitCode.USAGE)
             failure = explain(error)
