@@ -216,6 +216,8 @@ class Engine:
         self._session_credit_step = limits.connection_window // 4
         self._resets: dict[int, int] = {}
         """Streams that we reset, with how many bytes of DATA may still be under way: what the peer had credit for."""
+        self._ended_well = 0
+        """Streams that ended in both directions, less those for which a late RST_STREAM came."""
         self._table_size = _DEFAULT_TABLE
         self._table_shrunk = False
 
@@ -385,6 +387,7 @@ class Engine:
         stream.life.process_input(StreamInputs.SEND_END_STREAM)
         self._out += frame_header(0, _DATA, _END_STREAM, stream_id)
         if stream.remote_ended:
+            self._ended_well += 1
             self._forget(stream)
 
     def reset(self, stream_id: int, error_code: int) -> None:
@@ -681,6 +684,7 @@ class Engine:
         stream.life.process_input(StreamInputs.RECV_END_STREAM)
         events.append(ev.StreamEnded(stream.id))
         if stream.local_ended:
+            self._ended_well += 1
             self._forget(stream)
 
     # --- everything else ---
@@ -871,6 +875,8 @@ class Engine:
                 raise RemoteProtocolError(f"RST_STREAM on stream {stream_id}, which was never opened")
             if stream_id in self._resets:
                 del self._resets[stream_id]  # it crossed ours, and is the last frame there; no charge
+            elif self._ended_well:
+                self._ended_well -= 1  # nor for one that crossed our END_STREAM
             else:
                 self._control.spend(now, "RST_STREAM frames on closed streams")
             return

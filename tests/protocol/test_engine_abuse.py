@@ -40,7 +40,7 @@ def calm(*, client=False, limits=LIMITS):
             side.receive(frames.connect(stream_id, "10.0.0.7:80"))
             side.accept(stream_id)
     side.end(5)
-    side.receive(frames.data(5, end=True))
+    side.receive(frames.data(5, end=True) + frames.rst(5))  # the one that may have crossed our end
     side.reset(7, Code.CANCEL)
     side.sent()
     return side

@@ -256,6 +256,20 @@ def test_resets_that_cross_are_free():
     assert not server.engine.closed
 
 
+@pytest.mark.parametrize("first", ["peer", "we"])
+def test_resets_that_cross_an_end_are_free(first):
+    """A peer that drops a stream before it has seen our END_STREAM, thousands of times."""
+    client = opened(client=True)
+    for stream_id in range(1, 5000, 2):
+        client.open()
+        client.receive(frames.response(stream_id, end_stream=first == "peer"))
+        client.end(stream_id)
+        if first == "we":
+            client.receive(frames.data(stream_id, end=True))
+        assert client.receive(frames.rst(stream_id)) == []
+    assert not client.engine.closed
+
+
 def test_a_client_forgets_what_goaway_has_ended():
     client = opened(client=True)
     client.open()
