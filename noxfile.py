@@ -131,9 +131,12 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure throughput, round trips, connections, CPU and memory of two nodes on this machine."""
+    """Measure on this machine: micro, library, two_nodes (all, or those named after --); --quick for a hint only."""
     install(session, "interop")
-    session.run("python", "bench/two_nodes.py", *session.posargs, env=ENV)
+    benches = ("micro", "library", "two_nodes")
+    options = [text for text in session.posargs if text not in benches]
+    for name in [text for text in session.posargs if text in benches] or benches:
+        session.run("python", f"tests/bench/{name}.py", *options, env=ENV)
 
 
 @nox.session
