@@ -366,19 +366,20 @@ def test_more_data_than_the_window():
 @pytest.mark.parametrize("bytes_sent", [b"", bytes.fromhex("16030106000100")], ids=["nothing", "half_a_hello"])
 @pytest.mark.wire("W-LIM-9")
 def test_stalled_handshakes(bytes_sent):
-    with under_attack(timeouts={"handshake": 1.0, "close": 0.5}) as (server, _):
-        peers = [server.dial(handshake=False) for _ in range(50)]
+    with under_attack(timeouts={"handshake": 1.0, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(server.dial(handshake=False)) for _ in range(50)]
         for peer in peers:
             peer.sock.send(bytes_sent) if bytes_sent else None
         for peer in peers:
-            assert peer.wait_end() in ("eof", "reset", "alert", "close_notify")
-            peer.close()
+            assert peer.wait_end(5) in ("eof", "reset", "alert", "close_notify")
 
 
 @pytest.mark.parametrize("stage", ["nothing", "half_a_preface", "preface_only", "drip"])
 def test_stalled_preface(stage):
-    with under_attack(timeouts={"settings": 1.0, "close": 0.5}) as (server, _):
-        peers = [server.dial() for _ in range(20)]
+    with under_attack(timeouts={"settings": 1.0, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(server.dial()) for _ in range(20)]
+        for peer in peers:
+            peer.ack_settings = peer.ack_pings = False
         raw = {"nothing": b"", "half_a_preface": frames.PREFACE[:12], "preface_only": frames.PREFACE}.get(stage)
         if raw is None:  # a byte now and then does not buy more time
             with contextlib.suppress(Ended):
@@ -389,8 +390,8 @@ def test_stalled_preface(stage):
         for peer in peers:
             if raw:
                 peer.send(raw)
-            peer.wait_end()
-            peer.close()
+        for peer in peers:
+            peer.wait_end(5)
 
 
 @pytest.mark.wire("W-LIM-9")
