@@ -214,6 +214,7 @@ class OutboundProxy:
             await way.failed(exc)
             return
         except BaseException:
+            self._record(way, None, None, began, HboneError("the proxy was stopped"))
             reset_socket(way.sock)
             raise
         if self._metrics is not None:

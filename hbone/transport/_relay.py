@@ -520,7 +520,9 @@ def _unsent(sock: socket.socket) -> int:
         return 0
 
 
-async def _relay_streams(downstream: trio.abc.HalfCloseableStream, upstream: trio.abc.HalfCloseableStream) -> RelayResult:
+async def _relay_streams(
+    downstream: trio.abc.HalfCloseableStream, upstream: trio.abc.HalfCloseableStream
+) -> RelayResult:
     counts = [0, 0]
     broken: list[Exception] = []
 
