@@ -524,6 +524,7 @@ class Session:
         if error is None:
             name = ErrorCode.name_of(error_code)
             error = TunnelReset(f"the tunnel was reset by us: {name}", error_code=error_code, remote=False)
+        tunnel.answered(error)
         self.forget(tunnel, error)
 
     def close_soon(self) -> None:
@@ -545,6 +546,7 @@ class Session:
         """
         self._closing = True
         for tunnel in self.tunnels:
+            tunnel.answered(SessionClosed("the session was closed"))
             tunnel.abort()
         try:
             with trio.move_on_after(2 * self.timeouts.close):

@@ -361,7 +361,7 @@ class Tunnel(trio.abc.HalfCloseableStream):
 
     def answered(self, error: HboneError | None) -> None:
         """The CONNECT was answered (client), or never will be."""
-        if self.established:
+        if self.established or isinstance(self._waiter, HboneError):
             return
         if error is None:
             self.established = True

@@ -668,6 +668,22 @@ async def test_aclose_resets_what_is_open_and_says_goodbye(autojump_clock: trio.
         await client.aclose()
 
 
+async def test_aclose_tells_who_waits_for_an_answer() -> None:
+    async def handler(request: Any) -> None:
+        await trio.sleep_forever()
+
+    async with memory_pair(handler=handler) as pair, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(SessionClosed, match="the session was closed"):
+                await pair.client.open_tunnel(TARGET)
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(5):
+            await pair.client.aclose()
+
+
 async def test_aclose_in_a_cancelled_scope_ends_at_once(autojump_clock: trio.testing.MockClock) -> None:
     async def script(peer: Scripted) -> None:
         await peer.open()
