@@ -102,8 +102,10 @@ class AllowNetworks:
 def _parse_network(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, int | None]:
     cidr, port_text = text, ""
     if text.startswith("["):
-        cidr, _, port_text = text[1:].partition("]")
-        port_text = port_text.removeprefix(":")
+        cidr, bracket, rest = text[1:].partition("]")
+        port_text = rest.removeprefix(":")
+        if not bracket or (rest and (rest[0] != ":" or not port_text)):
+            raise InvalidAddress(f"{text!r} is not [CIDR] or [CIDR]:PORT")
     elif text.count(":") == 1:
         cidr, _, port_text = text.partition(":")
     try:
@@ -178,10 +180,10 @@ class ForwardHandler:
         up = down = 0
         error: Exception | None = None
         try:
+            upstream = self._allow.resolve(request.target, request.local_address)
             identity = request.peer.identity
             if self._peers is not None and not any(pattern.matches(identity) for pattern in self._peers):
                 raise RequestRejected(401, flag="DENY", reason=f"{identity} is not allowed to connect")
-            upstream = self._allow.resolve(request.target, request.local_address)
             try:
                 sock = await connect_tcp(upstream.host, upstream.port, timeout=self._connect_timeout)
             except ConnectFailed as exc:
