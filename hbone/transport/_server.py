@@ -138,6 +138,7 @@ class TunnelRequest:
             return
         self._answered = True
         tunnel, session = self._tunnel, self._session
+        tunnel.on_gone = None  # the handler may go on after its answer
         session.engine.refuse(tunnel.stream.id, status)
         session.tunnels_refused += 1
         session.tell("tunnel_refused", session, tunnel.request.authority, status, reason)
