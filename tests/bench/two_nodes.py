@@ -28,19 +28,22 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbone.certs import LocalCA, SvidFiles, write_svid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 LOAD = Path(__file__).with_name("load.py")
 IDENTITY = {node: f"spiffe://cluster.local/ns/bench/sa/{node}" for node in "ab"}
 #: The client's user id in its namespace: what it connects is captured, what the proxy connects is not.
 CAPTURED_UID = 61_234
 STREAM_WINDOW, CONNECTION_WINDOW = 4 << 20, 16 << 20
+#: Envoy's own bounds (1024 requests a cluster) would end the measurement of idle tunnels.
+ENOUGH = {"thresholds": [{f"max_{what}": 100_000 for what in ("connections", "pending_requests", "requests")}]}
 #: Seconds for one measurement.
 LIMIT = 40
 
@@ -118,9 +121,10 @@ class Loopback:
 # === what runs on them ===
 
 
-def hbone_argv(node: str, net: Namespaces | Loopback, files: SvidFiles) -> list[str]:
+def hbone_argv(node: str, net: Namespaces | Loopback, files: SvidFiles, profile: Path | None = None) -> list[str]:
     pem = ["--cert", str(files.cert), "--key", str(files.key), "--roots", str(files.roots)]
-    cli = [sys.executable, "-m", "hbone_cli"]
+    profiler = ["-m", "cProfile", "-o", str(profile / f"{node}.pstats")] if profile is not None else []
+    cli = [sys.executable, *profiler, "-m", "hbone_cli"]
     if node == "b":
         listen = f"0.0.0.0:{net.hbone_b.rpartition(':')[2]}" if net.captured else net.hbone_b
         return [*cli, "inbound", "--listen", listen, *([] if net.captured else ["--to", net.app]), *pem]
@@ -198,6 +202,7 @@ def _originator(net: Namespaces | Loopback, files: SvidFiles) -> dict[str, Any]:
         "name": "node_b",
         "type": "STATIC",
         "connect_timeout": "2s",
+        "circuit_breakers": ENOUGH,
         "typed_extension_protocol_options": {options: _typed("upstreams.http.v3.HttpProtocolOptions", **protocol)},
         "load_assignment": {"cluster_name": "node_b", "endpoints": [{"lb_endpoints": [endpoint]}]},
         "transport_socket": _tls("UpstreamTlsContext", files, {"exact": IDENTITY["b"]}),
@@ -231,12 +236,14 @@ def _terminator(net: Namespaces | Loopback, files: SvidFiles) -> dict[str, Any]:
         "type": "ORIGINAL_DST",
         "lb_policy": "CLUSTER_PROVIDED",
         "connect_timeout": "2s",
+        "circuit_breakers": ENOUGH,
         "original_dst_lb_config": {"use_http_header": True, "http_header_name": ":authority"},
     }
     listener = {"name": "hbone", "address": _address(net.hbone_b), "filter_chains": [chain]}
     return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
 
 
+ARGV: dict[str, Callable[[str, Namespaces | Loopback, SvidFiles], list[str]]]
 ARGV = {"hbone": hbone_argv, "envoy": envoy_argv}
 
 
@@ -436,6 +443,9 @@ def main() -> None:
     parser.add_argument("--hold", type=int, help="idle tunnels to hold [3000; 500 with --quick]")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, even if we may have them")
     parser.add_argument("--deadline", type=float, default=900, help="start nothing new after so many seconds [900]")
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="run hbone under cProfile: DIR/a.pstats, DIR/b.pstats"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the proxies' logs here")
     options = parser.parse_args()
 
@@ -455,6 +465,9 @@ def main() -> None:
             parser.error(f"no such step: {', '.join(sorted(unknown))}")
         steps = [step for step in steps if step.name in wanted]
         held = held if "hold" in wanted else 0
+    if options.profile is not None:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        ARGV["hbone"] = partial(hbone_argv, profile=options.profile)
     rounds = options.rounds or (1 if options.quick else 3)
 
     # SIGTERM ends it as Ctrl-C does: children are stopped, namespaces deleted.
