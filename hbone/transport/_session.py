@@ -639,7 +639,7 @@ class Session:
             now = trio.current_time()
             if not self.client and not self._tunnels and now >= self._idle_deadline():
                 if not self.engine.ready:
-                    self._fail(SessionClosed(f"the peer sent no SETTINGS within {self.timeouts.settings:g} s"))
+                    self._fail(SessionClosed(f"the peer sent no SETTINGS within {now - self.since_idle:.1f} s"))
                     self.flush()
                     self.kill()
                     return
@@ -657,7 +657,7 @@ class Session:
         if self._tunnels or self.draining:
             return float("inf")
         if not self.engine.ready:  # a client waits for it in `wait_ready`
-            return self.since_idle + self.timeouts.settings
+            return self.since_idle + min(self.timeouts.settings, self.timeouts.first_request)
         asked = self.engine.last_inbound_stream > 0
         return self.since_idle + (self.timeouts.idle if asked else self.timeouts.first_request)
 
