@@ -1,9 +1,9 @@
 """One TLS record in, one out: the two OpenSSL calls that all bytes go through.
 
 pyOpenSSL's `recv_into` and `send` cost as much as the cryptography: each makes a buffer, copies, and reports "would
-block" by an exception. Called directly, a record costs 3.0 us instead of 4.8 to read and 2.7 instead of 3.9 to write,
-and a 1 KiB message 2.8 instead of 6.8 (docs/design/performance.md). The names used for that are not public, so they are
-looked up once, and when one of them is gone everything still works, by the public calls.
+block" by an exception. Called directly, a full record costs 3.0 us instead of 4.8 to read and 2.7 instead of 3.9 to
+write, and a 1 KiB message there and back half as much (docs/design/performance.md). The names used for that are not
+public, so they are looked up once, and when one of them is gone everything still works, by the public calls.
 """
 
 from __future__ import annotations
