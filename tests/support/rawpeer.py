@@ -100,8 +100,9 @@ class RawPeer:
         context: ssl.SSLContext | None = None,
         handshake: bool = True,
         receive_buffer: int | None = None,
+        quiet: bool = False,
     ) -> Self:
-        """Connects as a client and, unless told otherwise, completes the TLS handshake."""
+        """Connects as a client and, unless told otherwise, shakes hands. If `quiet`, it acknowledges nothing."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         if receive_buffer is not None:
@@ -110,6 +111,7 @@ class RawPeer:
             sock.settimeout(WAIT)
             sock.connect((host, port))
             peer = cls(sock, context or (leaf.client_context() if leaf else None))
+            peer.ack_settings = peer.ack_pings = not quiet
             if handshake:
                 peer.handshake()
         except BaseException:
@@ -485,11 +487,12 @@ class RawListener:
     def __exit__(self, *exc: object) -> None:
         self._sock.close()
 
-    def accept(self, *, handshake: bool = True, timeout: float = WAIT) -> RawPeer:
-        """The next connection, handshaken unless told otherwise. Raises `TimeoutError`."""
+    def accept(self, *, handshake: bool = True, quiet: bool = False, timeout: float = WAIT) -> RawPeer:
+        """The next connection, handshaken unless told otherwise; see `RawPeer.dial`. Raises `TimeoutError`."""
         self._sock.settimeout(timeout)
         sock, _ = self._sock.accept()
         peer = RawPeer(sock, self._context, server=True)
+        peer.ack_settings = peer.ack_pings = not quiet
         if handshake:
             try:
                 peer.handshake(timeout)

@@ -304,8 +304,7 @@ async def test_fault_08_beyond_the_stream_limit_only_the_extra_stream_is_refused
 async def test_fault_09_a_client_that_stalls_is_let_go(stage):
     def script():
         shakes = stage not in ("nothing", "half_a_client_hello")
-        with near.dial(handshake=shakes) as peer:
-            peer.ack_settings = peer.ack_pings = False
+        with near.dial(handshake=shakes, quiet=True) as peer:
             match stage:
                 case "half_a_client_hello":
                     peer.sock.send(bytes.fromhex("16030106000100"))
@@ -828,8 +827,7 @@ async def test_fault_17_a_server_of_ten_streams_serves_forty_tunnels():
 @pytest.mark.wire("W-SET-3")
 async def test_fault_17_no_request_leaves_before_the_peers_settings():
     def script(listener):
-        with listener.accept() as peer:
-            peer.ack_settings = False  # an acknowledgement must not come before our own SETTINGS
+        with listener.accept(quiet=True) as peer:  # an acknowledgement must not come before our own SETTINGS
             peer.wait_for(Kind.SETTINGS)
             with pytest.raises(TimeoutError):
                 peer.wait_for(Kind.HEADERS, timeout=0.3)
@@ -1015,8 +1013,7 @@ async def test_fault_22_an_unanswered_connect_ends():
 @pytest.mark.wire("W-TLS-9", "W-SET-8")
 async def test_fault_22_an_opening_that_stalls_ends(stage):
     def script(listener):
-        with listener.accept(handshake=stage != "handshake") as peer:
-            peer.ack_settings = False
+        with listener.accept(handshake=stage != "handshake", quiet=True) as peer:
             with contextlib.suppress(ssl.SSLError):
                 peer.wait_end()
 
