@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from hbone.address import Authority, Endpoint
-    from hbone.protocol import Limits
+    from hbone.protocol import Limits, Stream
     from hbone.transport._carrier import Carrier
     from hbone.transport._observer import Observer
     from hbone.transport._relay import Pump
@@ -493,9 +493,10 @@ class Session:
         for tunnel in queue:
             tunnel.credit_came()
 
-    def return_credit(self, count: int) -> None:
-        """Credit that was taken for a tunnel which ended before it could use it."""
+    def return_credit(self, stream: Stream, count: int) -> None:
+        """Credit that was taken for a tunnel which ended, or was cancelled, before it could use it."""
         self.engine.send_window += count
+        stream.send_window += count
         self._share_credit()
 
     # === opening and ending ===

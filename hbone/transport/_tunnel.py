@@ -316,8 +316,16 @@ class Tunnel(trio.abc.HalfCloseableStream):
             task.custom_sleep_data = None
             self._sender = None
         granted, self._granted = self._granted, 0
+        session = self._session
+        try:
+            # Many are woken at once; together they would write more than a network that is full should have to keep.
+            while granted and session.congested and not session.closed:
+                await session.wait_uncongested()
+        except trio.Cancelled:
+            session.return_credit(self.stream, granted)
+            raise
         if granted and (self._closed or self._error is not None):
-            self._session.return_credit(granted)
+            session.return_credit(self.stream, granted)
             return 0
         return granted
 

@@ -982,6 +982,63 @@ async def test_a_congested_session_keeps_what_was_written() -> None:
     assert stop.is_set()
 
 
+@pytest.mark.wire("W-LIM-7", "W-FLOW-8")
+async def test_credit_for_many_at_once_does_not_flood_a_network_that_is_full() -> None:
+    """A hundred senders wait for the session's window; it opens while the network takes nothing."""
+    count, size = 100, 100_000
+    gate = trio.Event()
+    gate.set()
+
+    async def script(peer: Scripted) -> None:
+        await peer.open({Setting.INITIAL_WINDOW_SIZE: 1 << 20, Setting.MAX_CONCURRENT_STREAMS: count}, window=0)
+        for number in range(count):
+            await peer.wait_for(Kind.HEADERS, stream=2 * number + 1)
+            await peer.send(frames.response(2 * number + 1))
+        total = 0
+        while total < 65_535:
+            total += len((await peer.wait_for(Kind.DATA)).data)
+        full.set()
+        await opened.wait()
+        await peer.send(frames.window_update(0, 1 << 30))
+        await peer.send(frames.ping())
+        given.set()
+        while total < count * size:
+            total += len((await peer.wait_for(Kind.DATA)).data)
+        done.set()
+        await peer.wait_end()
+        await far.aclose()
+
+    full, opened, given, done = trio.Event(), trio.Event(), trio.Event(), trio.Event()
+    near, far = trio.testing.memory_stream_pair()
+
+    pump: Any = near.send_stream.send_all_hook
+
+    async def hold() -> None:
+        await gate.wait()
+        await pump()
+
+    near.send_stream.send_all_hook = hold
+    peer = Scripted(far, pki().server, server=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(script, peer)
+        async with HBONEClient.over_stream(near, svid=client_svid()) as client:
+            tunnels = [await client.open_tunnel(TARGET) for _ in range(count)]
+            for tunnel in tunnels:
+                nursery.start_soon(tunnel.send_all, bytes(size))
+            await full.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            gate = trio.Event()
+            opened.set()
+            await given.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert 0 < client.statistics().unsent < 1 << 20
+            assert not client.closed
+            gate.set()
+            with trio.fail_after(10):
+                await done.wait()
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_stream_that_breaks_under_a_session_that_writes() -> None:
     near, far = trio.testing.memory_stream_pair()
     async with memory_pair(streams=(near, far)) as pair:
