@@ -210,7 +210,7 @@ class Link:
             self.feed_eof()
         if not tunnel.stream.open:
             self.tunnel_ended(tunnel.reset_error)
-        if not self._done and self._interest & READABLE:
+        if not self._done and self._interest & READABLE and not tunnel.session.congested:
             self._read()  # whoever asked for a tunnel has mostly written into it already: do not wait for the poller
         tunnel.session.flush()
 

@@ -340,6 +340,38 @@ async def test_uploads_take_turns_while_the_network_is_slow() -> None:
         await trio.aclose_forcefully(app)
 
 
+@pytest.mark.wire("W-LIM-7")
+async def test_relays_that_start_while_the_network_is_full_wait_their_turn() -> None:
+    """Each application has written already; all of that at once would look like a peer that does not read."""
+    near, far = trio.testing.memory_stream_pair()
+    gate = trio.Event()
+    gate.set()
+    pump: Any = near.send_stream.send_all_hook
+
+    async def hold() -> None:
+        await gate.wait()
+        await pump()
+
+    near.send_stream.send_all_hook = hold
+    async with memory_pair(streams=(near, far)) as pair, trio.open_nursery() as nursery:
+        tunnels = [await pair.open() for _ in range(30)]
+        gate = trio.Event()
+        for tunnel, sink in tunnels:
+            app, sock = connected_pair()
+            app.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            await app.send_all(bytes(100_000))
+            await app.send_eof()
+            nursery.start_soon(relay, sock, tunnel)
+            await sink.send_eof()
+        await trio.testing.wait_all_tasks_blocked()
+        assert 0 < pair.client.statistics().unsent < 1 << 20
+        assert not pair.client.closed
+        gate.set()
+        with trio.fail_after(10):
+            for _, sink in tunnels:
+                assert len(await receive_all(sink)) == 100_000
+
+
 # === before the relay ===
 
 
