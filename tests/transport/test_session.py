@@ -25,6 +25,7 @@ from support.pairs import (
 )
 
 from hbone import (
+    Authority,
     BaseObserver,
     CertificateUnavailable,
     ConnectFailed,
@@ -49,10 +50,11 @@ from hbone import (
 )
 from hbone.protocol import Limits
 from hbone.tls import client_connection
-from hbone.transport import _client, connect_tcp, listen_tcp
+from hbone.transport import _carrier, _client, _openssl, connect_tcp, listen_tcp
 from hbone.transport._carrier import SocketCarrier
 from hbone.transport._client import open_session, shake_hands
 from hbone.transport._session import Session
+from hbone.transport._tcp import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -1059,7 +1061,89 @@ async def test_a_stream_that_breaks_under_a_session_that_writes() -> None:
         assert pair.client.closed
 
 
+async def test_a_stream_that_cannot_end_one_direction_alone() -> None:
+    class Whole(trio.abc.Stream):
+        """Only what `trio.abc.Stream` asks for."""
+
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        async def send_all(self, data: Any) -> None:
+            await self.stream.send_all(data)
+
+        async def wait_send_all_might_not_block(self) -> None:
+            await self.stream.wait_send_all_might_not_block()
+
+        async def receive_some(self, max_bytes: int | None = None) -> bytes:
+            data: bytes = await self.stream.receive_some(max_bytes)
+            return data
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    near, far = trio.testing.memory_stream_pair()
+    began = trio.current_time()
+    async with memory_pair(streams=(Whole(near), Whole(far))) as pair:
+        await trio.testing.check_two_way_stream(pair.open, None)
+        await pair.client.aclose()
+        assert pair.near_session.error is None
+    assert trio.current_time() - began < 1.5  # close_notify is enough: nobody waits for an end of the stream
+
+
+@pytest.mark.parametrize("make", [memory_pair, socket_pair])
+async def test_tls_by_the_public_calls_of_pyopenssl(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pyOpenSSL with other internals would get."""
+    monkeypatch.setattr(_carrier, "read_records", _openssl._read_public)
+    monkeypatch.setattr(_carrier, "write_records", _openssl._write_public)
+    async with make(limits=Limits(stream_window=65_535, connection_window=65_535)) as pair:
+        await trio.testing.check_half_closeable_stream(pair.open, None)
+        near, far = await pair.open()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(near.send_all, bytes(1_000_000))
+            size = 0
+            while size < 1_000_000:
+                size += len(await far.receive_some())
+        pair.far_session.kill()
+        with pytest.raises(trio.BrokenResourceError):
+            await near.receive_some()
+
+
+async def test_a_malformed_request_is_told_too() -> None:
+    told = Told()
+    server = HBONEServer(server_svid(), accept_all, observer=told)
+    async with trio.open_nursery() as nursery:
+        peer = scripted_client(server, nursery)
+        await peer.open()
+        await peer.send(frames.connect(1, "no port"), frames.headers(3, [(":method", "CONNECT")]))
+        assert (await peer.wait_for(Kind.HEADERS, stream=1)).status == 400
+        assert (await peer.wait_for(Kind.RST_STREAM, stream=3)).code == Code.PROTOCOL_ERROR
+        (session,) = server.sessions
+        assert session.statistics().tunnels_refused == 2
+        nursery.cancel_scope.cancel()
+    assert [line.split()[:2] for line in told.heard[2:4]] == [["tunnel", "refused"]] * 2
+
+
+@pytest.mark.wire("W-LIM-9")
+async def test_a_client_that_sends_no_settings_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
+    server = HBONEServer(server_svid(), accept_all)
+    async with trio.open_nursery() as nursery:
+        peer = scripted_client(server, nursery)
+        peer.ack_settings = False
+        await peer.handshake()
+        await peer.wait_end()
+        assert trio.current_time() <= 11
+        await peer.stream.aclose()
+    assert server.statistics().sessions == 0
+
+
 # === sockets, below sessions ===
+
+
+async def test_a_target_is_resolved_to_all_its_addresses() -> None:
+    assert await resolve(Authority("10.0.0.7", 80)) == (Authority("10.0.0.7", 80),)
+    assert Authority("127.0.0.1", 80) in await resolve(Authority("localhost", 80))
+    with pytest.raises(ConnectFailed, match="does not resolve"):
+        await resolve(Authority("no-such-host.invalid", 80))
 
 
 async def test_a_name_is_resolved_and_connected() -> None:
