@@ -83,6 +83,7 @@ def _direct() -> tuple[
                         connection._raise_ssl_error(ssl, count)  # noqa: SLF001
                     except SSL.Error as exc:
                         return got, exc
+                    break  # it found no error after all
                 got += count
         return got, None
 
