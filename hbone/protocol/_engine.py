@@ -242,6 +242,8 @@ class Engine:
         self._ping_interval = ping_interval
         self._ping_timeout = ping_timeout
         self._ping_sent: float | None = None
+        self._progress = now
+        """When DATA or WINDOW_UPDATE came last."""
         self._next_ping = now + ping_interval
         self._drain_ping = False
         self._unanswered: dict[int, float] = {}
@@ -290,7 +292,7 @@ class Engine:
         """When `on_deadline` wants to be called next, on the driver's clock; infinity once the session is closed."""
         if self.closed:
             return math.inf
-        ping = self._next_ping if self._ping_sent is None else self._ping_sent + self._ping_timeout
+        ping = self._next_ping if self._ping_sent is None else self._given_up_at(self._ping_sent)
         return min(ping, min(self._unanswered.values(), default=ping))
 
     def on_deadline(self, now: float) -> list[ev.Event]:
@@ -307,7 +309,7 @@ class Engine:
                 self.reset(stream_id, ErrorCode.CANCEL)
                 events.append(ev.StreamReset(stream_id, ErrorCode.CANCEL, False, why="the peer did not answer CONNECT"))
         if self._ping_sent is not None:
-            if now >= self._ping_sent + self._ping_timeout:
+            if now >= self._given_up_at(self._ping_sent):
                 error = SessionClosed(f"the peer did not answer a PING within {self._ping_timeout:g} s")
                 self._fail(error, ErrorCode.NO_ERROR, events)
         elif now >= self._next_ping:
@@ -624,6 +626,7 @@ class Engine:
         stream = self.streams.get(stream_id)
         if stream is None and (stream_id == 0 or self._is_idle(stream_id)):
             raise RemoteProtocolError(f"DATA on stream {stream_id}, which was never opened")
+        self._progress = now
         # The session's credit goes back on arrival, whatever becomes of the stream: a tunnel that nobody reads holds
         # its own window, not its neighbours'.
         self._recv_window -= length
@@ -722,7 +725,12 @@ class Engine:
             case _:
                 raise RemoteProtocolError("PUSH_PROMISE, which we do not allow")
 
+    def _given_up_at(self, ping_sent: float) -> float:
+        """On a slow link a PING waits behind megabytes of our own data: as long as those move, the peer is there."""
+        return max(ping_sent, self._progress) + self._ping_timeout
+
     def _window_update(self, stream_id: int, increment: int, now: float, events: list[ev.Event]) -> None:
+        self._progress = now
         self._window_updates += 1
         if self._window_updates > _FREE_WINDOW_UPDATES + self._explained // _BYTES_PER_UPDATE:
             raise RemoteProtocolError("more WINDOW_UPDATE frames than data", ErrorCode.ENHANCE_YOUR_CALM)

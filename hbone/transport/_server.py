@@ -185,7 +185,7 @@ class HBONEServer:
         timeouts: Timeouts | None = None,
         observer: Observer | None = None,
         max_sessions: int = 4096,
-        max_half_open: int = 256,
+        max_half_open: int = 128,
     ) -> None:
         """
         Args:

@@ -35,7 +35,7 @@ class Timeouts:
     ping_interval: float = 10.0
     """From the answer to a PING to the next one (as ztunnel)."""
     ping_timeout: float = 20.0
-    """For the answer to a PING (as ztunnel)."""
+    """For the answer to a PING (as ztunnel), counted anew while DATA or WINDOW_UPDATE frames come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,20 @@ def test_a_peer_that_answers_no_ping_is_gone():
 
 
 @pytest.mark.wire("W-PING-3")
+@pytest.mark.parametrize("sign", ["data", "credit"])
+def test_a_peer_that_is_slow_but_moves_is_not_gone(sign):
+    """On a slow link a PING waits behind megabytes of DATA, both on its way there and back."""
+    side = opened(client=False)
+    side.receive(frames.connect(1, "10.0.0.7:80"))
+    side.accept(1)
+    side.at(10.0)
+    side.receive(frames.data(1, b"x") if sign == "data" else frames.window_update(0, 1), now=25.0)
+    assert side.at(30.0) == []
+    assert deadline(side) == 45.0
+    assert type(failure(side.at(45.0))) is SessionClosed
+
+
+@pytest.mark.wire("W-PING-3")
 def test_the_times_are_the_user_s():
     side = opened(client=False, ping_interval=1.5, ping_timeout=0.25)
     assert deadline(side) == 1.5

@@ -608,6 +608,7 @@ async def test_a_target_that_takes_too_long() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect_ex", lambda self, address: errno.EINPROGRESS)
+        patch.setattr("hbone.transport._tcp._is_decided", lambda sock: False)
         patch.setattr(trio.lowlevel, "wait_writable", never)
         async with memory_pair(handler=forwarding.handler) as pair:
             with pytest.raises(Unreachable):

@@ -1180,6 +1180,7 @@ async def test_a_connection_is_bounded_in_time(autojump_clock: trio.testing.Mock
     with listen_tcp("127.0.0.1", 0) as listener, pytest.MonkeyPatch.context() as patch:
         listener.listen(0)
         patch.setattr(trio.lowlevel, "wait_writable", never)
+        patch.setattr("hbone.transport._tcp._is_decided", lambda sock: False)
         patch.setattr(socket.socket, "connect_ex", lambda self, address: 115)
         with pytest.raises(ConnectFailed, match=r"timed out after 10 s; a NetworkPolicy"):
             await connect_tcp("192.0.2.1", 15008, timeout=10)
