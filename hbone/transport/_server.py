@@ -382,6 +382,7 @@ class HBONEServer:
     ) -> Session | None:
         """The TLS handshake, under every bound. None when it came to nothing; the connection is closed then."""
         session: Session | None = None
+        where = carrier_name(sock)  # now: it may be gone when there is something to say of it
         try:
             with scope:
                 peer, local = await shake_hands(
@@ -404,7 +405,6 @@ class HBONEServer:
                 )
                 self._accepted += 1
         except HboneError as exc:
-            where = carrier_name(sock)
             _log.info("no session with %s: %s", where, exc)
         finally:
             self._end_half_open(scope)
