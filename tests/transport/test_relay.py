@@ -7,6 +7,7 @@ tunnel, another socket, application b.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from hbone import ErrorCode, HBONEServer, Limits, RelayResult, SessionClosed, Ti
 from hbone.transport import _relay
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 UP = bytes(range(256)) * 1500
 DOWN = bytes(reversed(range(256))) * 1700
@@ -54,10 +55,12 @@ def connected_pair() -> tuple[trio.SocketStream, socket.socket]:
 
 
 @pytest.fixture(autouse=True)
-async def close_applications() -> AsyncIterator[None]:
+def close_applications() -> Iterator[None]:
     yield
     while _applications:
-        _applications.pop().socket.close()
+        fd = _applications.pop().socket.detach()
+        if fd >= 0:
+            os.close(fd)
 
 
 @dataclass
