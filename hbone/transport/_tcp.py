@@ -120,8 +120,8 @@ async def _connect_address(address: IPAddress, port: int, source_ip: str | IPAdd
 def _is_decided(sock: socket.socket) -> bool:
     """Whether a connect is over already.
 
-    To an address of this machine it mostly is, and asking costs a fortieth of waiting: an inbound proxy connects to
-    little else.
+    To an address of this machine it mostly is, and asking is one system call where waiting is a turn of the event
+    loop. An inbound proxy connects to little else.
     """
     asked = select.poll()
     asked.register(sock, select.POLLOUT)
