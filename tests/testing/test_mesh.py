@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import hashlib
 import os
@@ -98,7 +99,13 @@ def web_app() -> Iterator[int]:
 def ask(address: tuple[str, int], data: bytes) -> bytes:
     with socket.create_connection(address, timeout=10) as sock:
         sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError as exc:
+            # A proxy that refuses at once has reset the connection already: the kernel says "not connected" of it.
+            if exc.errno != errno.ENOTCONN:
+                raise
+            raise ConnectionResetError(errno.ECONNRESET, "reset before the end of our own data") from exc
         return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
