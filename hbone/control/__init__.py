@@ -1,0 +1,3 @@
+"""Where the picture of the mesh comes from."""
+
+__all__: list[str] = []
