@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Self
 
 import trio
 
-from hbone.address import Endpoint
 from hbone.errors import BadTarget, ConnectFailed, HboneError, Unreachable
 from hbone.protocol import Forwarded, TraceParent
+from hbone.proxy._listeners import Listeners
 from hbone.proxy._ways import BadHandshake, accept_forward, accept_http_connect, accept_socks5
 from hbone.telemetry import AccessRecord, Direction, MetricsObserver, response_flag
-from hbone.transport import ConnectionPool, accept_from, listen_tcp, relay, reset_socket, resolve
+from hbone.transport import ConnectionPool, listen_tcp, relay, reset_socket, resolve
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
-    from hbone.address import Authority
+    from hbone.address import Authority, Endpoint
     from hbone.protocol import Baggage, Limits
     from hbone.proxy._ways import WayIn
     from hbone.telemetry import AccessLog, Metrics
@@ -73,11 +73,7 @@ class OutboundProxy:
             timeouts=timeouts,
             observer=MetricsObserver(metrics) if metrics is not None else None,
         )
-        self._listening: set[trio.CancelScope] = set()
-        self._serving: set[trio.CancelScope] = set()
-        self._live = 0
-        self._none_live = trio.Event()
-        self._draining = False
+        self._listeners = Listeners()
 
     async def __aenter__(self) -> Self:
         await self._pool.__aenter__()
@@ -91,7 +87,7 @@ class OutboundProxy:
     @property
     def connections(self) -> int:
         """Applications' connections that are being served."""
-        return self._live
+        return self._listeners.live
 
     def statistics(self) -> PoolStatistics:
         """The pool's numbers."""
@@ -149,15 +145,7 @@ class OutboundProxy:
 
     async def drain(self, deadline: float) -> None:
         """Stop accepting, let connections finish for `deadline` seconds, then reset the rest and close the sessions."""
-        self._draining = True
-        for scope in self._listening:
-            scope.cancel()
-        with trio.move_on_after(deadline):
-            while self._live:
-                self._none_live = trio.Event()
-                await self._none_live.wait()
-        for scope in self._serving:
-            scope.cancel()
+        await self._listeners.drain(deadline)
         await self._pool.aclose()
 
     async def _serve(
@@ -166,36 +154,9 @@ class OutboundProxy:
         accept_way: Callable[[socket.socket], Awaitable[WayIn]],
         task_status: trio.TaskStatus[Endpoint],
     ) -> None:
-        try:
-            async with trio.open_nursery() as nursery:
-                self._serving.add(nursery.cancel_scope)
+        await self._listeners.serve(listener, partial(self._carry, accept_way), task_status=task_status)
 
-                def handle(sock: socket.socket) -> None:
-                    nursery.start_soon(self._connection, sock, accept_way)
-
-                with trio.CancelScope() as scope:
-                    self._listening.add(scope)
-                    if self._draining:
-                        scope.cancel()
-                    task_status.started(Endpoint.from_sockaddr(listener.getsockname()))
-                    await accept_from(listener, handle)
-                trio.lowlevel.notify_closing(listener)
-                listener.close()
-        finally:
-            self._listening.discard(scope)
-            self._serving.discard(nursery.cancel_scope)
-            listener.close()
-
-    async def _connection(self, sock: socket.socket, accept_way: Callable[[socket.socket], Awaitable[WayIn]]) -> None:
-        self._live += 1
-        try:
-            await self._carry(sock, accept_way)
-        finally:
-            self._live -= 1
-            if not self._live:
-                self._none_live.set()
-
-    async def _carry(self, sock: socket.socket, accept_way: Callable[[socket.socket], Awaitable[WayIn]]) -> None:
+    async def _carry(self, accept_way: Callable[[socket.socket], Awaitable[WayIn]], sock: socket.socket) -> None:
         began = trio.current_time()
         try:
             way = await accept_way(sock)
