@@ -8,6 +8,7 @@ A `Tunnel` raises only trio's stream errors, with one of these as ``__cause__``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BadTarget",
     "CertificateUnavailable",
+    "ConfigError",
+    "ConfigFault",
     "ConnectFailed",
     "HboneError",
     "IdentityRefused",
@@ -23,6 +26,7 @@ __all__ = [
     "InvalidCertificate",
     "InvalidIdentity",
     "LocalProtocolError",
+    "NoRoute",
     "PeerIdentityMismatch",
     "PolicyDenied",
     "ProtocolError",
@@ -173,6 +177,20 @@ class TunnelReset(HboneError):
         self.remote = remote
 
 
+class NoRoute(HboneError):
+    """The mesh has no way to a target: it says why.
+
+    Attributes:
+        target: what was asked for, as text.
+        why: in words.
+    """
+
+    def __init__(self, target: object, why: str) -> None:
+        super().__init__(why)
+        self.target = str(target)
+        self.why = why
+
+
 class CertificateUnavailable(HboneError):
     """No usable SVID for an identity, now."""
 
@@ -191,3 +209,30 @@ class InvalidAddress(HboneError, ValueError):
 
 class InvalidCertificate(HboneError, ValueError):
     """Certificate, key or root material that cannot be used; the message names the file, the fault and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigFault:
+    """One setting that cannot be used as it is."""
+
+    source: str
+    """Where it was set: the environment variable, ``file:line`` or the option; what should have been set, if nothing."""
+    problem: str
+    """What is wrong with it, and what was expected. Never the value of a secret."""
+    advice: str = ""
+    """What to do about it; empty where that is plain."""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.problem}" + (f"; {self.advice}" if self.advice else "")
+
+
+class ConfigError(HboneError, ValueError):
+    """Settings that cannot be used: all that are wrong, at once.
+
+    Attributes:
+        faults: each of them.
+    """
+
+    def __init__(self, faults: Iterable[ConfigFault]) -> None:
+        self.faults: tuple[ConfigFault, ...] = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
