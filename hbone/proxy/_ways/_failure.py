@@ -16,6 +16,7 @@ from hbone.errors import (
     CertificateUnavailable,
     ConnectFailed,
     IdentityRefused,
+    NoRoute,
     PeerIdentityMismatch,
     PolicyDenied,
     RequestRejected,
@@ -83,6 +84,8 @@ def failure_of(error: BaseException) -> Failure:
                 return Failure.DENIED
             case Unreachable():
                 return Failure.TARGET
+            case NoRoute():
+                return Failure.UNREACHABLE
             case CertificateUnavailable() | StreamRefused():
                 return Failure.UNAVAILABLE
             case PeerIdentityMismatch() | IdentityRefused():
