@@ -25,7 +25,9 @@ from hbone.protocol._headers import ConnectResponse as ConnectResponse
 from hbone.protocol._headers import Forwarded as Forwarded
 from hbone.protocol._headers import MalformedRequest as MalformedRequest
 from hbone.protocol._headers import TraceParent as TraceParent
+from hbone.protocol._headers import WorkloadType as WorkloadType
 from hbone.protocol._limits import Limits as Limits
+from hbone.protocol._proxy_protocol import ProxyHeader as ProxyHeader
 
 __all__ = [
     "Baggage",
@@ -41,6 +43,7 @@ __all__ = [
     "Limits",
     "MalformedRequest",
     "PingAcknowledged",
+    "ProxyHeader",
     "RequestReceived",
     "ResponseReceived",
     "SessionFailed",
@@ -50,4 +53,5 @@ __all__ = [
     "StreamReset",
     "TraceParent",
     "WindowOpened",
+    "WorkloadType",
 ]
