@@ -216,7 +216,7 @@ class ConfigFault:
     """One setting that cannot be used as it is."""
 
     source: str
-    """Where it was set: the environment variable, ``file:line`` or the option; where it should have been, if nowhere."""
+    """Where it was set: the environment variable, ``file:line`` or the option; or where it could have been set."""
     problem: str
     """What is wrong with it, and what was expected. Never the value of a secret."""
     advice: str = ""
