@@ -1,5 +1,7 @@
 """The mesh as values: what there is, an immutable picture of it with look-ups, and the file that it is written in."""
 
+from hbone.mesh._snapshot import MeshSnapshot
+from hbone.mesh._state import MeshState
 from hbone.mesh._values import (
     Action,
     ApplicationTunnel,
@@ -46,6 +48,8 @@ __all__ = [
     "LoadBalancerMode",
     "Locality",
     "Match",
+    "MeshSnapshot",
+    "MeshState",
     "NamespacedHostname",
     "NetworkAddress",
     "NetworkCidr",

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from hbone.identity import SpiffeIdentity
 
@@ -52,8 +51,6 @@ __all__ = [
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
-
-_NOTHING: Final[Mapping[int, int]] = MappingProxyType({})
 
 
 class TunnelProtocol(Enum):
@@ -276,7 +273,7 @@ class ServiceEndpoint:
     """One workload as an endpoint of one service."""
 
     workload_uid: str
-    ports: Mapping[int, int] = _NOTHING
+    ports: Mapping[int, int] = field(default_factory=dict)
     """Service port -> the workload's port. Not to be changed."""
     status: HealthStatus = HealthStatus.HEALTHY
 
@@ -299,7 +296,7 @@ class Service:
     hostname: str
     vips: tuple[NetworkAddress, ...] = ()
     cidr_vips: tuple[NetworkCidr, ...] = ()
-    ports: Mapping[int, int] = _NOTHING
+    ports: Mapping[int, int] = field(default_factory=dict)
     """Service port -> target port; 0 for a named port, which each endpoint maps. Not to be changed."""
     endpoints: Mapping[str, ServiceEndpoint] = field(default_factory=dict)
     """What was written at the service itself, by workload uid. Not to be changed."""
