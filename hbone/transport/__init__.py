@@ -9,8 +9,11 @@ from hbone.transport._forward import FixedTarget as FixedTarget
 from hbone.transport._forward import ForwardHandler as ForwardHandler
 from hbone.transport._forward import ForwardResult as ForwardResult
 from hbone.transport._forward import TargetRule as TargetRule
+from hbone.transport._netfilter import set_mark as set_mark
+from hbone.transport._netfilter import set_transparent as set_transparent
 from hbone.transport._observer import BaseObserver as BaseObserver
 from hbone.transport._observer import Observer as Observer
+from hbone.transport._options import SocketOptions as SocketOptions
 from hbone.transport._pool import ConnectionPool as ConnectionPool
 from hbone.transport._pool import PooledSessionStatistics as PooledSessionStatistics
 from hbone.transport._pool import PoolStatistics as PoolStatistics
@@ -56,6 +59,7 @@ __all__ = [
     "Session",
     "SessionState",
     "SessionStatistics",
+    "SocketOptions",
     "TargetRule",
     "Timeouts",
     "Tunnel",
@@ -68,4 +72,6 @@ __all__ = [
     "relay",
     "reset_socket",
     "resolve",
+    "set_mark",
+    "set_transparent",
 ]

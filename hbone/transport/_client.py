@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hbone.tls import SvidSource
     from hbone.transport._carrier import Carrier
     from hbone.transport._observer import Observer
+    from hbone.transport._options import SocketOptions
     from hbone.transport._tunnel import Tunnel
     from hbone.transport._values import SessionStatistics
 
@@ -68,6 +69,7 @@ async def open_session(
     limits: Limits | None = None,
     timeouts: Timeouts | None = None,
     observer: Observer | None = None,
+    socket_options: SocketOptions | None = None,
 ) -> Session:
     """Connect, shake hands, wait for the peer's SETTINGS, and leave the session running in `nursery`.
 
@@ -75,7 +77,7 @@ async def open_session(
         ConnectFailed: and its subclasses; see `HBONEClient.connect`.
     """
     timeouts = timeouts or Timeouts()
-    sock = await connect_tcp(host, port, timeout=timeouts.connect, source_ip=source_ip)
+    sock = await connect_tcp(host, port, timeout=timeouts.connect, source_ip=source_ip, options=socket_options)
     try:
         carrier = SocketCarrier(sock, client_connection(svid.current(), policy, sock))
     except BaseException:  # no SVID
@@ -199,6 +201,7 @@ class HBONEClient:
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
         observer: Observer | None = None,
+        socket_options: SocketOptions | None = None,
     ) -> AsyncIterator[HBONEClient]:
         """Open a session over TCP. "Open" means that the peer's SETTINGS have come: it accepted our identity.
 
@@ -214,6 +217,7 @@ class HBONEClient:
             limits: what the peer may use.
             timeouts: how long each step may take.
             observer: told of what happens.
+            socket_options: mark and keep-alive of the connection.
 
         Raises:
             ConnectFailed: TCP or TLS failed, no HTTP/2 there, or not in time.
@@ -234,6 +238,7 @@ class HBONEClient:
                 limits=limits,
                 timeouts=timeouts,
                 observer=observer,
+                socket_options=socket_options,
             )
             try:
                 yield cls(session)

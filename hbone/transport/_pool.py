@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from hbone.address import IPAddress
     from hbone.tls import Svid, SvidSource
     from hbone.transport._observer import Observer
+    from hbone.transport._options import SocketOptions
     from hbone.transport._tunnel import Tunnel
 
 __all__ = ["ConnectionPool", "Dialler", "PoolStatistics", "PooledSession", "PooledSessionStatistics"]
@@ -180,6 +181,7 @@ class ConnectionPool:
         session_limits: bounds of each session.
         timeouts: bounds of each step of a session.
         observer: told of each session and tunnel.
+        socket_options: mark and keep-alive of each connection.
         dial: opens the sessions; for tests, and for what is not plain TCP.
     """
 
@@ -191,6 +193,7 @@ class ConnectionPool:
         session_limits: Limits | None = None,
         timeouts: Timeouts | None = None,
         observer: Observer | None = None,
+        socket_options: SocketOptions | None = None,
         dial: Dialler | None = None,
     ) -> None:
         self.limits: PoolLimits = limits or PoolLimits()
@@ -200,6 +203,7 @@ class ConnectionPool:
         self._session_limits = session_limits or Limits()
         self._timeouts = timeouts or Timeouts()
         self._observer = observer
+        self._socket_options = socket_options
         self._dialler: Dialler = dial or self._open_session
         self._state: PoolState[PooledSession] = PoolState(self.limits)
         self._dials: dict[PooledEntry[PooledSession], trio.CancelScope] = {}
@@ -497,6 +501,7 @@ class ConnectionPool:
             limits=self._session_limits,
             timeouts=self._timeouts,
             observer=self._observer,
+            socket_options=self._socket_options,
         )
 
 

@@ -8,28 +8,30 @@ away.
 from __future__ import annotations
 
 import logging
-import socket
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from hbone.address import Endpoint
-from hbone.errors import HboneError, RequestRejected, SessionClosed, TunnelReset
+from hbone.errors import ConnectFailed, HboneError, RequestRejected, SessionClosed, TunnelReset
 from hbone.protocol import ConnectResponse, ErrorCode, Limits
 from hbone.tls import PeerPolicy, server_connection
 from hbone.transport._carrier import SocketCarrier, StreamCarrier
 from hbone.transport._client import HBONE_PORT, shake_hands
+from hbone.transport._options import SocketOptions
 from hbone.transport._session import Session
 from hbone.transport._tcp import accept_from, listen_tcp
 from hbone.transport._values import Timeouts
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable, Iterable
 
     from hbone.address import Authority
     from hbone.protocol import ConnectRequest
-    from hbone.tls import SvidSource
+    from hbone.tls import Svid, SvidSource
     from hbone.transport._carrier import Carrier
     from hbone.transport._observer import Observer
     from hbone.transport._tunnel import Tunnel
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["HBONEServer", "ServerStatistics", "TunnelRequest"]
 
 _log: Final = logging.getLogger("hbone")
+
+#: Seconds between two lines about connections that we have no SVID for.
+_TELL_AGAIN: Final = 1.0
 
 #: A half-open connection older than this makes room for a new one when there are too many.
 _STALLED: Final = 0.5
@@ -177,7 +182,7 @@ class HBONEServer:
 
     def __init__(
         self,
-        svid: SvidSource,
+        svid: SvidSource | Callable[[Endpoint | None], SvidSource],
         handler: Callable[[TunnelRequest], Awaitable[Any]],
         *,
         accept: PeerPolicy | None = None,
@@ -186,10 +191,14 @@ class HBONEServer:
         observer: Observer | None = None,
         max_sessions: int = 4096,
         max_half_open: int = 128,
+        socket_options: SocketOptions | None = None,
     ) -> None:
         """
         Args:
-            svid: who we are; an `Svid`, or a source whose newest SVID is used for each new session.
+            svid: who we are; an `Svid`, or a source whose newest SVID is used for each new session. Or a function that
+                says who we are for each new session, from the address that the peer dialled (None when the session
+                does not run on a socket); when it or its source raises `CertificateUnavailable`, the connection is
+                closed.
             handler: called for each request. What it raises refuses the request: `RequestRejected` with its status,
                 anything else with 503, and is logged. A tunnel that is left open when it returns is reset.
             accept: which peers may open sessions. Default: any identity of our own trust domain.
@@ -198,8 +207,10 @@ class HBONEServer:
             observer: told of what happens.
             max_sessions: sessions at once; more are closed right after TCP accept.
             max_half_open: connections in the handshake at once; then the oldest stalled one makes room.
+            socket_options: mark of the listener, keep-alive of what it accepts.
         """
         self._svid = svid
+        self._socket_options = socket_options or SocketOptions()
         self._handler = handler
         self._policy = accept
         self._limits = limits or Limits()
@@ -214,9 +225,12 @@ class HBONEServer:
         self._draining = False
         self._no_sessions = trio.Event()
         self._accepted = self._failed = self._evicted = 0
+        self._told = -math.inf
+        self._untold = 0
 
     def __repr__(self) -> str:
-        return f"<HBONEServer {self._svid.identity} sessions={len(self._sessions)}>"
+        whose = "by address" if callable(self._svid) else self._svid.identity
+        return f"<HBONEServer {whose} sessions={len(self._sessions)}>"
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -253,7 +267,7 @@ class HBONEServer:
         Raises:
             OSError: it cannot listen there.
         """
-        listener = listen_tcp(host, port)
+        listener = listen_tcp(host, port, options=self._socket_options)
         await self.serve_listener(listener, task_status=task_status)
 
     async def serve_listener(
@@ -279,12 +293,12 @@ class HBONEServer:
 
         Returns when the session and its handlers have ended, however that came; raises nothing but cancellation.
         """
-        policy = self._policy or PeerPolicy.trust_domain(self._svid.identity.trust_domain)
         async with trio.open_nursery() as nursery:
             try:
-                carrier = StreamCarrier(stream, server_connection(self._svid.current(), policy))
+                svid, policy = self._who(None)
+                carrier = StreamCarrier(stream, server_connection(svid, policy))
             except HboneError as exc:
-                _log.warning("no session: %s", exc)
+                self._refused(exc)
                 await trio.aclose_forcefully(stream)
                 return
             await self._serve_session(carrier, None, nursery, self._begin_half_open())
@@ -326,7 +340,7 @@ class HBONEServer:
         def room() -> Awaitable[None] | None:
             return self._make_room() if len(self._half_open) >= self._max_half_open else None
 
-        await accept_from(listener, handle, room=room)
+        await accept_from(listener, handle, room=room, options=self._socket_options)
 
     async def _make_room(self) -> None:
         """Too many half-open connections. The oldest goes if it has stalled, otherwise wait until it ends or does."""
@@ -352,16 +366,40 @@ class HBONEServer:
 
     async def _serve_socket(self, sock: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope) -> None:
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            policy = self._policy or PeerPolicy.trust_domain(self._svid.identity.trust_domain)
-            carrier = SocketCarrier(sock, server_connection(self._svid.current(), policy, sock))
+            svid, policy = self._who(sock)
+            carrier = SocketCarrier(sock, server_connection(svid, policy, sock))
         except (HboneError, OSError) as exc:
             self._failed += 1
             self._end_half_open(scope)
-            _log.warning("no session: %s", exc)
+            self._refused(exc)
             sock.close()
             return
         await self._serve_session(carrier, sock, nursery, scope)
+
+    def _who(self, sock: socket.socket | None) -> tuple[Svid, PeerPolicy]:
+        source = self._svid
+        if callable(source):
+            dialled = None if sock is None else Endpoint.from_sockaddr(sock.getsockname())
+            try:
+                source = source(dialled)
+            except HboneError:
+                raise
+            except Exception as exc:  # noqa: BLE001 - a failure of yours costs the connection, not the server
+                raise ConnectFailed(f"the choice of an SVID for {dialled or 'a stream'} failed: {exc!r}") from exc
+        policy = self._policy or PeerPolicy.trust_domain(source.identity.trust_domain)
+        return source.current(), policy
+
+    def _refused(self, exc: Exception) -> None:
+        """Whoever connects can make us say this."""
+        now = trio.current_time()
+        if now < self._told + _TELL_AGAIN:
+            self._untold += 1
+            return
+        if self._untold:
+            _log.warning("no session: %s (and %d more since the last such line)", exc, self._untold)
+        else:
+            _log.warning("no session: %s", exc)
+        self._told, self._untold = now, 0
 
     async def _serve_session(
         self, carrier: Carrier, sock: socket.socket | None, nursery: trio.Nursery, scope: trio.CancelScope

@@ -9,15 +9,17 @@ import os
 import select
 import socket
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from hbone.address import Authority
 from hbone.errors import ConnectFailed
+from hbone.transport._netfilter import bind_foreign
+from hbone.transport._options import SocketOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from hbone.address import IPAddress
 
@@ -28,8 +30,10 @@ _log: Final = logging.getLogger("hbone")
 _BACKLOG: Final = 1024
 #: Addresses of one name that are worth a try.
 _MAX_ADDRESSES: Final = 4
-#: ztunnel's values: a dead peer is noticed after 180 s + 9 * 180 s when it is not noticed by PING before.
-_KEEPALIVE: Final = {"TCP_KEEPIDLE": 180, "TCP_KEEPINTVL": 180, "TCP_KEEPCNT": 9}
+#: Seconds that an address of a name gets before the next one is tried beside it (RFC 8305 section 5).
+_HEAD_START: Final = 0.25
+_DEFAULTS: Final = SocketOptions()
+_ACCEPTED: Final = SocketOptions(keepalive=False)
 
 
 # A proxy connects to few addresses, again and again.
@@ -37,7 +41,13 @@ _parse_ip = lru_cache(maxsize=1024)(ipaddress.ip_address)
 
 
 async def connect_tcp(
-    host: str, port: int, *, timeout: float, source_ip: str | IPAddress | None = None
+    host: str,
+    port: int,
+    *,
+    timeout: float,
+    source_ip: str | IPAddress | None = None,
+    transparent: bool = False,
+    options: SocketOptions | None = None,
 ) -> socket.socket:
     """Connect.
 
@@ -46,14 +56,20 @@ async def connect_tcp(
         port: the TCP port.
         timeout: seconds for all of it.
         source_ip: bind to this local address first; only with an IP address as `host`.
+        transparent: `source_ip` may be anybody's, so that the other side sees it instead of us (Linux, CAP_NET_ADMIN or
+            CAP_NET_RAW, and routes that bring the replies back here). Where that is not allowed the connection comes
+            from an address of ours, and a warning is logged once. Also from one of ours when `source_ip` is the
+            address that is connected to, or of the other IP version.
+        options: mark, keep-alive; those of `SocketOptions` unless given.
 
     Returns:
-        A connected, non-blocking socket with TCP_NODELAY and keep-alive.
+        A connected, non-blocking socket with TCP_NODELAY.
 
     Raises:
         ConnectFailed: refused, unreachable, timed out, unknown name; the message says which and where.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    options = options or _DEFAULTS
     try:
         address: IPAddress | None = _parse_ip(host)
     except ValueError:
@@ -62,17 +78,17 @@ async def connect_tcp(
     try:
         with trio.move_on_after(timeout):
             if address is None:
-                sock = await _connect_name(host, port)
+                sock = await _connect_name(host, port, options)
             else:
-                sock = await _connect_address(address, port, source_ip)
+                sock = await _connect_address(address, port, source_ip, transparent, options)
         if sock is None:
             hint = "; a NetworkPolicy or firewall may block port 15008" if port == 15008 else ""
             raise ConnectFailed(f"connecting to {where} timed out after {timeout:g} s{hint}") from trio.TooSlowError()
+        options.tune(sock)
     except socket.gaierror as exc:
         raise ConnectFailed(f"{host} does not resolve: {exc.strerror or exc}") from exc
     except OSError as exc:
         raise ConnectFailed(f"connecting to {where} failed: {_why(exc)}") from exc
-    _tune(sock)
     return sock
 
 
@@ -95,26 +111,53 @@ async def resolve(target: Authority) -> tuple[Authority, ...]:
 def _why(exc: OSError) -> str:
     if exc.errno == errno.ECONNREFUSED:
         return "connection refused (nothing listens there)"
-    return (exc.strerror or str(exc) or type(exc).__name__).lower()
+    text = exc.strerror or str(exc) or type(exc).__name__
+    return text[0].lower() + text[1:]
 
 
-async def _connect_address(address: IPAddress, port: int, source_ip: str | IPAddress | None) -> socket.socket:
-    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6)
+async def _connect_address(
+    address: IPAddress, port: int, source_ip: str | IPAddress | None, transparent: bool, options: SocketOptions
+) -> socket.socket:
+    sock = _open(socket.AF_INET if address.version == 4 else socket.AF_INET6, options)
     try:
-        sock.setblocking(False)
         if source_ip is not None:
-            sock.bind((str(source_ip), 0))
-        code = sock.connect_ex((str(address), port))
-        if code == errno.EINPROGRESS:
-            if not _is_decided(sock):
-                await trio.lowlevel.wait_writable(sock)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
+            _bind(sock, source_ip, address, transparent)
+        await _connect(sock, (str(address), port))
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _open(family: int, options: SocketOptions) -> socket.socket:
+    sock = socket.socket(family)
+    try:
+        sock.setblocking(False)
+        options.prepare(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind(sock: socket.socket, source_ip: str | IPAddress, destination: IPAddress, transparent: bool) -> None:
+    if not transparent:
+        sock.bind((str(source_ip), 0))
+        return
+    source = _parse_ip(str(source_ip))
+    # Who calls itself must not seem to come from its own address: the reply would never reach us.
+    if source != destination and source.version == destination.version:
+        bind_foreign(sock, source)
+
+
+async def _connect(sock: socket.socket, address: Any) -> None:
+    code = sock.connect_ex(address)
+    if code == errno.EINPROGRESS:
+        if not _is_decided(sock):
+            await trio.lowlevel.wait_writable(sock)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 def _is_decided(sock: socket.socket) -> bool:
@@ -128,39 +171,68 @@ def _is_decided(sock: socket.socket) -> bool:
     return bool(asked.poll(0))
 
 
-async def _connect_name(host: str, port: int) -> socket.socket:
+async def _connect_name(host: str, port: int, options: SocketOptions) -> socket.socket:
+    """RFC 8305, in the simple form: each address in turn, with a head start, and the first that answers wins."""
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    errors: list[OSError] = []
+    winner: socket.socket | None = None
+
+    async def attempt(family: int, address: object, failed: trio.Event) -> None:
+        nonlocal winner
+        try:
+            sock = _open(family, options)
+            try:
+                await _connect(sock, address)
+                if winner is None:
+                    winner, sock = sock, None  # type: ignore[assignment]
+                    nursery.cancel_scope.cancel()
+            finally:
+                if sock is not None:
+                    sock.close()
+        except OSError as exc:
+            errors.append(exc)
+            failed.set()
+
     try:
-        stream = await trio.open_tcp_stream(host, port)
-    except OSError as exc:
-        group = exc.__cause__
-        if isinstance(group, BaseExceptionGroup):  # one failure an address: the first tells enough
-            first = group.exceptions[0]
-            if isinstance(first, OSError):
-                raise first from exc
+        async with trio.open_nursery() as nursery:
+            for family, address in _in_turns((family, address) for family, *_, address in found):
+                failed = trio.Event()
+                nursery.start_soon(attempt, family, address, failed)
+                with trio.move_on_after(_HEAD_START):
+                    await failed.wait()
+    except BaseException:
+        if winner is not None:
+            winner.close()
         raise
-    # trio does not hand its socket out: a second descriptor of the same connection is ours.
-    sock = socket.fromfd(stream.socket.fileno(), stream.socket.family, stream.socket.type)
-    sock.setblocking(False)
-    stream.socket.close()
-    return sock
+    if winner is None:
+        raise errors[0]  # one an address: the first tells enough
+    return winner
 
 
-def _tune(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        option = getattr(socket, name, None)  # macOS has not all of them in every Python
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+def _in_turns(found: Iterable[tuple[int, object]]) -> list[tuple[int, object]]:
+    """IPv6 and IPv4 in turns, beginning with the preferred one (RFC 8305 section 4)."""
+    first: list[tuple[int, object]] = []
+    others: list[tuple[int, object]] = []
+    for one in dict.fromkeys(found):
+        (first if not first or one[0] == first[0][0] else others).append(one)
+    turns = [one for pair in zip(first, others) for one in pair]  # noqa: B905 - the longer one's rest comes after
+    return turns + first[len(others) :] + others[len(first) :]
 
 
-def listen_tcp(host: str, port: int, *, prepare: Callable[[socket.socket], None] | None = None) -> socket.socket:
+def listen_tcp(
+    host: str,
+    port: int,
+    *,
+    prepare: Callable[[socket.socket], None] | None = None,
+    options: SocketOptions | None = None,
+) -> socket.socket:
     """Listen on an IP address.
 
     Args:
         host: an IP address of this machine; ``0.0.0.0`` or ``::`` for all. ``::`` takes IPv4 too.
         port: 0 for a free one.
         prepare: called with the socket before it is bound, to set options.
+        options: for the mark, which accepted connections inherit; `accept_from` sets the rest.
 
     Returns:
         A listening, non-blocking socket.
@@ -175,6 +247,8 @@ def listen_tcp(host: str, port: int, *, prepare: Callable[[socket.socket], None]
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.version == 6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if options is not None:
+            options.prepare(sock)
         if prepare is not None:
             prepare(sock)
         sock.bind((host, port))
@@ -190,6 +264,7 @@ async def accept_from(
     handle: Callable[[socket.socket], None],
     *,
     room: Callable[[], Awaitable[None] | None] = lambda: None,
+    options: SocketOptions | None = None,
 ) -> None:
     """Accept connections until cancelled. What goes wrong with one, or with all for a while, does not end it.
 
@@ -197,7 +272,9 @@ async def accept_from(
         listener: non-blocking.
         handle: gets each connection, non-blocking and with TCP_NODELAY; must not raise or wait.
         room: asked before each accept; None to go on, otherwise awaited and asked again.
+        options: keep-alive and user time-out of what is accepted; no keep-alive unless given.
     """
+    tune = (options or _ACCEPTED).tune
     while True:
         waiting = room()
         if waiting is not None:
@@ -214,5 +291,9 @@ async def accept_from(
             await trio.sleep(0.05)
             continue
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            tune(sock)
+        except OSError:  # it has gone, which some systems say here
+            sock.close()
+            continue
         handle(sock)
