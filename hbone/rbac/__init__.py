@@ -1,3 +1,7 @@
 """Who may connect to whom: pure decisions over the policies of the mesh."""
 
-__all__: list[str] = []
+from hbone.rbac._authorizer import Authorizer
+from hbone.rbac._evaluate import authorize
+from hbone.rbac._values import DryRunMatch, Flow, HasPolicies, Verdict
+
+__all__ = ["Authorizer", "DryRunMatch", "Flow", "HasPolicies", "Verdict", "authorize"]
