@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbone.telemetry._access_log import AccessLog, AccessRecord, Direction, LogFormat, format_json, format_plain
 from hbone.telemetry._cause import failure_cause, response_flag
+from hbone.telemetry._labels import LogNames, TrafficLabels, labels_for, log_names
 from hbone.telemetry._observer import MetricsObserver
 
 if TYPE_CHECKING:
@@ -19,12 +20,16 @@ __all__ = [
     "AccessRecord",
     "Direction",
     "LogFormat",
+    "LogNames",
     "Metrics",
     "MetricsObserver",
     "OpenConnection",
+    "TrafficLabels",
     "failure_cause",
     "format_json",
     "format_plain",
+    "labels_for",
+    "log_names",
     "response_flag",
 ]
 

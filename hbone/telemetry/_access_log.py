@@ -20,10 +20,10 @@ import stat
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
 import trio
 
@@ -56,50 +56,75 @@ class LogFormat(Enum):
     JSON = "json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccessRecord:
-    """What is known of one connection at its end. Unknown fields are None and are left out of the line.
+class AccessRecord(NamedTuple):
+    """What is known of one connection. Unknown fields are None and are left out of the line.
 
-    Attributes:
-        direction: outbound or inbound.
-        src_addr: who connected to the proxy.
-        src_identity: the source's identity, only when proven by mutual TLS.
-        dst_addr: where the proxy itself connected to or was reached (outbound: the next hop; inbound: our own address).
-        dst_hbone_addr: the authority of the CONNECT.
-        dst_identity: the destination's identity, only when proven by mutual TLS.
-        bytes_sent: outbound: from the application into the tunnel; inbound: from the application into the tunnel
-            too, that is the response. None when the connection ended before there was anything to count.
-        bytes_recv: the other way.
-        duration: seconds.
-        error: in words; None for a connection that went well.
-        status: the HTTP status of a refusal.
-        flag: Istio's response flag (``DENY``, ``CONNECT``, ...), or None.
+    Give the fields by name. A tuple because it is quick to make and there is one for each connection.
     """
 
     direction: Direction
     src_addr: Endpoint | None = None
+    """Who connected to the proxy."""
+    src_workload: str | None = None
+    """A pod's name; see `log_names`."""
+    src_namespace: str | None = None
     src_identity: SpiffeIdentity | None = None
+    """Only when proven by mutual TLS."""
+    src_cluster: str | None = None
     dst_addr: Endpoint | Authority | None = None
+    """Where the proxy itself connected to or was reached (outbound: the next hop; inbound: our own address)."""
     dst_hbone_addr: Authority | str | None = None
+    """The authority of the CONNECT."""
+    dst_service: str | None = None
+    """The host name of the service that was asked for."""
+    dst_workload: str | None = None
+    dst_namespace: str | None = None
     dst_identity: SpiffeIdentity | None = None
+    """Only when proven by mutual TLS."""
+    dst_cluster: str | None = None
     bytes_sent: int | None = None
+    """What the application of this side sent: the request (outbound), the response (inbound).
+
+    None when the connection ended before there was anything to count.
+    """
     bytes_recv: int | None = None
+    """The other way."""
     duration: float | None = None
+    """Seconds."""
     error: str | None = None
+    """In words; None for a connection that went well."""
     status: int | None = None
+    """The HTTP status of a refusal."""
     flag: str | None = None
+    """Istio's response flag (``DENY``, ``CONNECT``, ...)."""
+    opened: bool = False
+    """The connection begins; a line of level ``debug``."""
 
     @property
     def level(self) -> str:
-        """``info`` for success, ``error`` for a failure, ``warn`` for one before the connection was routed."""
+        """``info`` for success, ``error`` for a failure, ``warn`` for one before the connection was routed.
+
+        ``debug`` for the beginning of a connection.
+        """
         if self.error is None:
-            return "info"
+            return "debug" if self.opened else "info"
         return "warn" if self.bytes_sent is None and self.bytes_recv is None else "error"
 
     @property
     def message(self) -> str:
-        """``connection complete``, or ``connection failed`` for one that failed before it was routed."""
-        return "connection failed" if self.level == "warn" else "connection complete"
+        """``connection complete``, or ``connection failed`` for one that failed before it was routed.
+
+        ``connection opened`` for the beginning of a connection.
+        """
+        return _MESSAGES[self.level]
+
+
+_MESSAGES: Final = {
+    "debug": "connection opened",
+    "info": "connection complete",
+    "error": "connection complete",
+    "warn": "connection failed",
+}
 
 
 def _quote(text: str) -> str:
@@ -132,6 +157,29 @@ def _timestamp(now: float) -> str:
     return f"{_second_text}.{micros - second * 1_000_000:06d}Z"
 
 
+# What is said of a side is the same for many connections, and most of a line.
+@lru_cache(maxsize=4096)
+def _side_plain(
+    side: str, service: str | None, workload: str | None, namespace: str | None, identity: object, cluster: str | None
+) -> str:
+    names = ("service", "workload", "namespace", "identity", "cluster")
+    values = (service, workload, namespace, identity, cluster)
+    return "".join(
+        f"{side}.{name}={_quote(str(value))} " for name, value in zip(names, values, strict=True) if value is not None
+    )
+
+
+@lru_cache(maxsize=4096)
+def _side_json(
+    side: str, service: str | None, workload: str | None, namespace: str | None, identity: object, cluster: str | None
+) -> str:
+    names = ("service", "workload", "namespace", "identity", "cluster")
+    values = (service, workload, namespace, identity, cluster)
+    return "".join(
+        f',"{side}.{name}":{_quote(str(value))}' for name, value in zip(names, values, strict=True) if value is not None
+    )
+
+
 def format_plain(record: AccessRecord, now: float) -> str:
     """The line in Istio's text format: time, level, scope and message, then ``k=v`` pairs; no line end.
 
@@ -139,30 +187,34 @@ def format_plain(record: AccessRecord, now: float) -> str:
         record: the facts.
         now: seconds since the epoch.
     """
-    text = f"{_timestamp(now)}\t{record.level}\taccess\t{record.message}\t"
-    if record.src_addr is not None:
-        text += f"src.addr={_bare(record.src_addr)} "
-    if record.src_identity is not None:
-        text += f"src.identity={_quote(str(record.src_identity))} "
-    if record.dst_addr is not None:
-        text += f"dst.addr={_bare(record.dst_addr)} "
-    if record.dst_hbone_addr is not None:
-        text += f"dst.hbone_addr={_bare(record.dst_hbone_addr)} "
-    if record.dst_identity is not None:
-        text += f"dst.identity={_quote(str(record.dst_identity))} "
-    text += f'direction="{record.direction._value_}"'
-    if record.bytes_sent is not None:
-        text += f" bytes_sent={record.bytes_sent:d}"
-    if record.bytes_recv is not None:
-        text += f" bytes_recv={record.bytes_recv:d}"
-    if record.duration is not None:
-        text += f' duration="{int(record.duration * 1000)}ms"'
-    if record.error is not None:
-        text += f" error={_quote(record.error)}"
-    if record.status is not None:
-        text += f" status={record.status:d}"
-    if record.flag is not None:
-        text += f" flag={_quote(record.flag)}"
+    (
+        direction, src_addr, src_workload, src_namespace, src_identity, src_cluster,
+        dst_addr, dst_hbone_addr, dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster,
+        bytes_sent, bytes_recv, duration, error, status, flag, _,
+    ) = record  # fmt: skip
+    level = record.level
+    text = f"{_timestamp(now)}\t{level}\taccess\t{_MESSAGES[level]}\t"
+    if src_addr is not None:
+        text += f"src.addr={_bare(src_addr)} "
+    text += _side_plain("src", None, src_workload, src_namespace, src_identity, src_cluster)
+    if dst_addr is not None:
+        text += f"dst.addr={_bare(dst_addr)} "
+    if dst_hbone_addr is not None:
+        text += f"dst.hbone_addr={_bare(dst_hbone_addr)} "
+    text += _side_plain("dst", dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster)
+    text += f'direction="{direction._value_}"'
+    if bytes_sent is not None:
+        text += f" bytes_sent={bytes_sent:d}"
+    if bytes_recv is not None:
+        text += f" bytes_recv={bytes_recv:d}"
+    if duration is not None:
+        text += f' duration="{int(duration * 1000)}ms"'
+    if error is not None:
+        text += f" error={_quote(error)}"
+    if status is not None:
+        text += f" status={status:d}"
+    if flag is not None:
+        text += f" flag={_quote(flag)}"
     return text
 
 
@@ -173,30 +225,34 @@ def format_json(record: AccessRecord, now: float) -> str:
         record: the facts.
         now: seconds since the epoch.
     """
-    text = f'{{"level":"{record.level}","time":"{_timestamp(now)}","scope":"access","message":"{record.message}"'
-    if record.src_addr is not None:
-        text += f',"src.addr":{_quote(str(record.src_addr))}'
-    if record.src_identity is not None:
-        text += f',"src.identity":{_quote(str(record.src_identity))}'
-    if record.dst_addr is not None:
-        text += f',"dst.addr":{_quote(str(record.dst_addr))}'
-    if record.dst_hbone_addr is not None:
-        text += f',"dst.hbone_addr":{_quote(str(record.dst_hbone_addr))}'
-    if record.dst_identity is not None:
-        text += f',"dst.identity":{_quote(str(record.dst_identity))}'
-    text += f',"direction":"{record.direction._value_}"'
-    if record.bytes_sent is not None:
-        text += f',"bytes_sent":{record.bytes_sent:d}'
-    if record.bytes_recv is not None:
-        text += f',"bytes_recv":{record.bytes_recv:d}'
-    if record.duration is not None:
-        text += f',"duration":"{int(record.duration * 1000)}ms"'
-    if record.error is not None:
-        text += f',"error":{_quote(record.error)}'
-    if record.status is not None:
-        text += f',"status":{record.status:d}'
-    if record.flag is not None:
-        text += f',"flag":{_quote(record.flag)}'
+    (
+        direction, src_addr, src_workload, src_namespace, src_identity, src_cluster,
+        dst_addr, dst_hbone_addr, dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster,
+        bytes_sent, bytes_recv, duration, error, status, flag, _,
+    ) = record  # fmt: skip
+    level = record.level
+    text = f'{{"level":"{level}","time":"{_timestamp(now)}","scope":"access","message":"{_MESSAGES[level]}"'
+    if src_addr is not None:
+        text += f',"src.addr":{_quote(str(src_addr))}'
+    text += _side_json("src", None, src_workload, src_namespace, src_identity, src_cluster)
+    if dst_addr is not None:
+        text += f',"dst.addr":{_quote(str(dst_addr))}'
+    if dst_hbone_addr is not None:
+        text += f',"dst.hbone_addr":{_quote(str(dst_hbone_addr))}'
+    text += _side_json("dst", dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster)
+    text += f',"direction":"{direction._value_}"'
+    if bytes_sent is not None:
+        text += f',"bytes_sent":{bytes_sent:d}'
+    if bytes_recv is not None:
+        text += f',"bytes_recv":{bytes_recv:d}'
+    if duration is not None:
+        text += f',"duration":"{int(duration * 1000)}ms"'
+    if error is not None:
+        text += f',"error":{_quote(error)}'
+    if status is not None:
+        text += f',"status":{status:d}'
+    if flag is not None:
+        text += f',"flag":{_quote(flag)}'
     return text + "}"
 
 

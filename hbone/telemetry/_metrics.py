@@ -22,7 +22,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from hbone.telemetry._cause import NO_FLAG, OTHER, failure_cause
+from hbone.telemetry._cause import NO_FLAG, failure_cause
+from hbone.telemetry._labels import OTHER, UNKNOWN, TrafficLabels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 __all__ = ["Metrics", "OpenConnection"]
-
-UNKNOWN = "unknown"
 
 _FLAGS = frozenset(
     {
@@ -48,14 +47,6 @@ _FLAGS = frozenset(
 _STATUSES = frozenset({400, 401, 403, 404, 429, 500, 502, 503, 504})
 _PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 _OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-_TCP_LABELS = (
-    "reporter",
-    "source_principal",
-    "destination_principal",
-    "request_protocol",
-    "response_flags",
-    "connection_security_policy",
-)
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -145,13 +136,13 @@ class Metrics:
     Args:
         version: shown by ``istio_build``.
         component: shown by ``istio_build``.
-        max_label_sets: how many combinations of principals are told apart.
+        max_label_sets: how many `TrafficLabels` are told apart; of further ones the far side is counted as ``other``.
     """
 
     def __init__(self, *, version: str = UNKNOWN, component: str = "hbone", max_label_sets: int = 1000) -> None:
         self._build = (component, version)
         self._max_label_sets = max_label_sets
-        self._tcp: dict[tuple[str, str, str, str], _Traffic] = {}
+        self._tcp: dict[TrafficLabels, _Traffic] = {}
         self._sessions_open: dict[str, int] = {}
         self._sessions_ended: dict[tuple[str, str], int] = {}
         self._tunnels_open: dict[str, int] = {}
@@ -169,7 +160,8 @@ class Metrics:
     def connection_opened(
         self,
         *,
-        reporter: str,
+        labels: TrafficLabels | None = None,
+        reporter: str = "source",
         source_principal: str | None = None,
         destination_principal: str | None = None,
         mutual_tls: bool = True,
@@ -178,6 +170,7 @@ class Metrics:
         """Counts a connection, also one that is going to fail.
 
         Args:
+            labels: all that is known (see `labels_for`); the next four arguments are for who knows no more than them.
             reporter: ``source`` (outbound) or ``destination`` (inbound).
             source_principal: the source's identity as text, if proven.
             destination_principal: the destination's identity as text, if known.
@@ -187,22 +180,25 @@ class Metrics:
         Returns:
             What to tell the end to.
         """
-        key = (
-            reporter,
-            source_principal or UNKNOWN,
-            destination_principal or UNKNOWN,
-            "mutual_tls" if mutual_tls else UNKNOWN,
-        )
-        traffic = self._tcp.get(key) or self._new_traffic(key)
+        if labels is None:
+            labels = TrafficLabels(
+                reporter=reporter,
+                source_principal=source_principal or UNKNOWN,
+                destination_principal=destination_principal or UNKNOWN,
+                connection_security_policy="mutual_tls" if mutual_tls else UNKNOWN,
+            )
+        traffic = self._tcp.get(labels) or self._new_traffic(labels)
         traffic.opened += 1
         connection = OpenConnection(traffic, live)
         traffic.open.add(connection)
         return connection
 
-    def _new_traffic(self, key: tuple[str, str, str, str]) -> _Traffic:
+    def _new_traffic(self, labels: TrafficLabels) -> _Traffic:
         if len(self._tcp) >= self._max_label_sets:
-            key = (key[0], OTHER, OTHER, key[3])
-        return self._tcp.setdefault(key, _Traffic())
+            labels = labels.without_peer()
+            if labels not in self._tcp and len(self._tcp) >= 2 * self._max_label_sets:
+                labels = labels.without_parties()
+        return self._tcp.setdefault(labels, _Traffic())
 
     # -- sessions and tunnels; role is "client" or "server" ------------------------------------------------------------
 
@@ -304,36 +300,40 @@ class Metrics:
             yield family(name, documentation, value=read())
 
     def _collect_tcp(self) -> Iterator[Metric]:
+        names = TrafficLabels._fields
         opened = CounterMetricFamily(
-            "istio_tcp_connections_opened", "The total number of TCP connections opened.", labels=_TCP_LABELS
+            "istio_tcp_connections_opened", "The total number of TCP connections opened.", labels=names
         )
         closed = CounterMetricFamily(
-            "istio_tcp_connections_closed", "The total number of TCP connections closed.", labels=_TCP_LABELS
+            "istio_tcp_connections_closed", "The total number of TCP connections closed.", labels=names
         )
         failed = CounterMetricFamily(
             "istio_tcp_connections_failed",
-            "The total number of TCP connections that ended in failure.",
-            labels=_TCP_LABELS,
+            "The total number of TCP connections that failed to establish (unstable).",
+            labels=names,
         )
         received = CounterMetricFamily(
-            "istio_tcp_received_bytes", "Bytes from the connecting side to the destination.", labels=_TCP_LABELS
+            "istio_tcp_received_bytes",
+            "The size of total bytes received during request in case of a TCP connection.",
+            labels=names,
         )
         sent = CounterMetricFamily(
-            "istio_tcp_sent_bytes", "Bytes from the destination to the connecting side.", labels=_TCP_LABELS
+            "istio_tcp_sent_bytes",
+            "The size of total bytes sent during response in case of a TCP connection.",
+            labels=names,
         )
-        for (reporter, source, destination, policy), traffic in self._tcp.items():
+        for labels, traffic in self._tcp.items():
             for connection in traffic.open:
                 connection.catch_up()
-            labels = (reporter, source, destination, "tcp", NO_FLAG, policy)
             opened.add_metric(labels, traffic.opened)
             received.add_metric(labels, traffic.received)
             sent.add_metric(labels, traffic.sent)
             for flag, count in traffic.closed.items():
-                flagged = (reporter, source, destination, "tcp", flag, policy)
+                flagged = labels._replace(response_flags=flag)
                 closed.add_metric(flagged, count)
                 if flag != NO_FLAG:
                     failed.add_metric(flagged, count)
-        yield from (opened, closed, failed, received, sent)
+        yield from (opened, closed, received, sent, failed)
 
     @staticmethod
     def _gauge(name: str, documentation: str, values: dict[str, int]) -> GaugeMetricFamily:
