@@ -71,14 +71,13 @@ def host_key(hostname: str) -> str:
     return hostname.lower().removesuffix(".")
 
 
-def prefixes(network: str, ip: IPAddress, lengths: Mapping[tuple[str, int], tuple[int, ...]]) -> Iterable[CidrKey]:
-    """The ranges that an address is in, for the prefix lengths that there are in its network and family."""
-    packed = ip_key(ip)
-    bits = 8 * len(packed)
+def prefixes(network: str, address: bytes, lengths: Mapping[tuple[str, int], tuple[int, ...]]) -> Iterable[CidrKey]:
+    """The ranges that an address (an `ip_key`) is in, for the prefix lengths that its network and family have."""
+    bits = 8 * len(address)
     found = lengths.get((network, bits))
     if not found:
         return ()
-    number = int.from_bytes(packed)
+    number = int.from_bytes(address)
     return ((network, bits, length, number >> (bits - length)) for length in found)
 
 

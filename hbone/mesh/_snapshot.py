@@ -210,11 +210,12 @@ class MeshSnapshot:
         that was seen first.
         """
         index = self._service_index
-        choice = index.by_vip.get((network, ip_key(ip)))
+        address = ip_key(ip)
+        choice = index.by_vip.get((network, address))
         if choice is not None and (found := _meant(choice, client_namespace)) is not None:
             return found
         public: Service | None = None
-        for key in prefixes(network, ip, index.prefix_lengths):
+        for key in prefixes(network, address, index.prefix_lengths):
             choice = index.by_cidr.get(key)
             if choice is not None:
                 own = None if client_namespace is None else choice.of_namespace.get(client_namespace)
@@ -260,9 +261,7 @@ class _Change(Generic[_Key, _Value]):
 
     def __init__(self, old: MappingProxyType[_Key, _Value], upsert: dict[_Key, _Value], remove: Iterable[_Key]) -> None:
         before: dict[_Key, _Value] = {key: old[key] for key in remove if key in old and key not in upsert}
-        result = old.copy()
-        for key in before:
-            del result[key]
+        gone = tuple(before)
         after: dict[_Key, _Value] = {}
         for key, value in upsert.items():
             known = old.get(key)
@@ -270,12 +269,18 @@ class _Change(Generic[_Key, _Value]):
                 if known is value or known == value:
                     continue
                 before[key] = known
-            result[key] = after[key] = value
+            after[key] = value
         self.before = before
         """What is gone or was replaced."""
         self.after = after
         """What is there instead, or is new."""
-        self.result = MappingProxyType(result) if before or after else old
+        self.result = old
+        if before or after:
+            result = old.copy()
+            for key in gone:
+                del result[key]
+            result.update(after)
+            self.result = MappingProxyType(result)
 
     def __bool__(self) -> bool:
         return bool(self.before or self.after)
