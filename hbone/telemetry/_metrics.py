@@ -5,8 +5,8 @@ that live in the event loop's thread, and only a scrape turns them into Promethe
 custom collector of a registry of our own; nothing is registered globally). The bytes of an open connection are read
 from its live statistics at scrape time and from its final ones at its end, so a tunnel that lives for days still shows.
 
-Cardinality is bounded: after `max_label_sets` pairs of principals, new ones are counted under ``other``; all other
-labels take their values from this code, not from the network.
+Cardinality is bounded: after `max_label_sets` sets of labels, of a new one only what is said of our own side counts
+and the far side becomes ``other``; all other labels take their values from this code, not from the network.
 
 As ztunnel does, ``received`` is what flows from the connecting side to the destination and ``sent`` the response, for
 both reporters; the opened and byte counters always have the response flag ``-``, the closed counter has the final one.
@@ -15,20 +15,22 @@ both reporters; the opened and byte counters always have the response flag ``-``
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
-from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics import exposition as openmetrics_exposition
 
 from hbone.telemetry._cause import NO_FLAG, failure_cause
+from hbone.telemetry._exposition import Family, Texts, exposition
 from hbone.telemetry._labels import OTHER, UNKNOWN, TrafficLabels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from prometheus_client.metrics_core import Metric
+    from hbone.transport import PoolStatistics, Session
 
 __all__ = ["Metrics", "OpenConnection"]
 
@@ -45,9 +47,25 @@ _FLAGS = frozenset(
     }
 )
 _STATUSES = frozenset({400, 401, 403, 404, 429, 500, 502, 503, 504})
+_VERDICTS = frozenset({"allow", "deny"})
 _PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 _OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+_EOF: Final = b"# EOF\n"
+_ROLE: Final = ("role",)
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_BOUNDS = (*map(str, _BUCKETS), "+Inf")
+_POOL_STATES: Final = ("connecting", "ready", "full", "draining")
+_POOL_GAUGES: Final = {
+    "tunnels": "Tunnels of the connection pools, open or being opened.",
+    "waiting": "Callers that wait for a session of a connection pool.",
+}
+_POOL_COUNTERS: Final = {
+    "dials": "Dials begun by the connection pools.",
+    "dials_failed": "Dials that failed or were not wanted any more.",
+    "requests": "CONNECT requests sent by the connection pools.",
+    "reused": "CONNECT requests on a session that had carried another before.",
+    "retried": "CONNECT requests sent again because the peer had not processed the one before.",
+}
 
 
 class _Histogram:
@@ -60,16 +78,6 @@ class _Histogram:
     def observe(self, value: float) -> None:
         self.counts[bisect_left(_BUCKETS, value)] += 1
         self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, as the exposition wants them."""
-        bounds = [*map(str, _BUCKETS), "+Inf"]
-        so_far = 0
-        result: list[tuple[str, float]] = []
-        for bound, count in zip(bounds, self.counts, strict=True):
-            so_far += count
-            result.append((bound, so_far))
-        return result
 
 
 class _Traffic:
@@ -132,11 +140,15 @@ class Metrics:
     """All counters of one process (or one node, when a process runs several).
 
     Methods are synchronous, cost a few microseconds at most and belong to the event loop's thread; so does a scrape.
+    It is a collector: a program with a registry of its own can register it there.
 
     Args:
-        version: shown by ``istio_build``.
+        version: shown by ``istio_build`` as its tag.
         component: shown by ``istio_build``.
         max_label_sets: how many `TrafficLabels` are told apart; of further ones the far side is counted as ``other``.
+
+    Attributes:
+        registry: what a scrape shows after our own families: the process, and what else is registered in it.
     """
 
     def __init__(self, *, version: str = UNKNOWN, component: str = "hbone", max_label_sets: int = 1000) -> None:
@@ -150,9 +162,14 @@ class Metrics:
         self._handshake_failures: dict[tuple[str, str], int] = {}
         self._connects: dict[str, _Histogram] = {}
         self._refusals: dict[tuple[str, str], int] = {}
-        self._readings: list[tuple[str, str, bool, Callable[[], float]]] = []
+        self._verdicts: dict[tuple[str, str], int] = {}
+        self._sessions: dict[int, tuple[str, Session]] = {}
+        self._sockets: list[tuple[str, Callable[[], int]]] = []
+        self._pools: list[Callable[[], PoolStatistics]] = []
+        self._pools_gone: dict[str, int] = dict.fromkeys(_POOL_COUNTERS, 0)
+        self._readings: dict[str, _Reading] = {}
+        self._texts = Texts()
         self.registry: CollectorRegistry = CollectorRegistry(auto_describe=False)
-        self.registry.register(self)
         ProcessCollector(registry=self.registry)
 
     # -- connections through the proxies ------------------------------------------------------------------------------
@@ -213,12 +230,16 @@ class Metrics:
             histogram = self._handshakes[role] = _Histogram()
         histogram.observe(duration)
 
-    def session_opened(self, role: str) -> None:
-        """One more session."""
+    def session_opened(self, role: str, session: Session | None = None) -> None:
+        """One more session; what it has buffered is asked at each scrape."""
         self._sessions_open[role] = self._sessions_open.get(role, 0) + 1
+        if session is not None:
+            self._sessions[id(session)] = (role, session)
 
-    def session_closed(self, role: str, error: BaseException | None = None) -> None:
+    def session_closed(self, role: str, error: BaseException | None = None, session: Session | None = None) -> None:
         """One session less, and why."""
+        if session is not None:
+            self._sessions.pop(id(session), None)
         self._sessions_open[role] = self._sessions_open.get(role, 0) - 1
         key = (role, "none" if error is None else failure_cause(error))
         self._sessions_ended[key] = self._sessions_ended.get(key, 0) + 1
@@ -243,9 +264,57 @@ class Metrics:
         key = (role, "none" if status is None else str(status) if status in _STATUSES else OTHER)
         self._refusals[key] = self._refusals.get(key, 0) + 1
 
-    # -- others' numbers ----------------------------------------------------------------------------------------------
+    # -- policy -------------------------------------------------------------------------------------------------------
 
-    def add_reading(self, name: str, documentation: str, read: Callable[[], float], *, counter: bool = False) -> None:
+    def policy_verdict(self, verdict: str, *, dry_run: bool = False) -> None:
+        """Counts a decision about a connection, or what a dry run would have decided.
+
+        Args:
+            verdict: ``allow`` or ``deny``.
+            dry_run: nothing came of it.
+        """
+        key = (verdict if verdict in _VERDICTS else OTHER, "true" if dry_run else "false")
+        self._verdicts[key] = self._verdicts.get(key, 0) + 1
+
+    # -- others' numbers; asked at each scrape ------------------------------------------------------------------------
+
+    def add_sockets(self, reporter: str, read: Callable[[], int]) -> None:
+        """A listener's part of ``istio_tcp_sockets_open``.
+
+        Args:
+            reporter: ``source`` or ``destination``.
+            read: how many accepted connections are open now.
+        """
+        self._sockets.append((reporter, read))
+
+    def add_pool(self, statistics: Callable[[], PoolStatistics]) -> Callable[[], None]:
+        """Shows the numbers of a pool, summed up with those of other pools.
+
+        Args:
+            statistics: `hbone.transport.ConnectionPool.statistics`.
+
+        Returns:
+            To call when the pool is no more; what it counted stays counted.
+        """
+        self._pools.append(statistics)
+        return partial(self._remove_pool, statistics)
+
+    def _remove_pool(self, statistics: Callable[[], PoolStatistics]) -> None:
+        if statistics in self._pools:
+            self._pools.remove(statistics)
+            last = statistics()
+            for name in _POOL_COUNTERS:
+                self._pools_gone[name] += getattr(last, name)
+
+    def add_reading(
+        self,
+        name: str,
+        documentation: str,
+        read: Callable[[], float],
+        *,
+        counter: bool = False,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         """Shows a number that somebody else keeps; `read` is called at each scrape.
 
         Args:
@@ -253,8 +322,17 @@ class Metrics:
             documentation: one sentence.
             read: gives the value now.
             counter: whether it only grows.
+            labels: of this number; further ones of the same name must have the same labels with other values.
+
+        Raises:
+            ValueError: the name is known already, with other labels or the same values of them.
         """
-        self._readings.append((name, documentation, counter, read))
+        labels = labels or {}
+        reading = self._readings.setdefault(name, _Reading(documentation, counter, tuple(labels), {}))
+        values = tuple(labels.values())
+        if reading.labels != tuple(labels) or reading.counter is not counter or values in reading.read:
+            raise ValueError(f"{name} with these labels is known already")
+        reading.read[values] = read
 
     # -- scrape -------------------------------------------------------------------------------------------------------
 
@@ -265,93 +343,170 @@ class Metrics:
             accept: the Accept header; OpenMetrics 1.0.0 if it is asked for, else the text format 0.0.4.
         """
         kinds = [part.partition(";")[0].strip().lower() for part in (accept or "").split(",")]
-        if "application/openmetrics-text" in kinds:
-            text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
-            return _OPENMETRICS, text
-        return _PLAIN, generate_latest(self.registry)
+        openmetrics = "application/openmetrics-text" in kinds
+        text = exposition(self._families(), self._texts, openmetrics=openmetrics).encode("utf-8", "replace")
+        if openmetrics:
+            rest: bytes = openmetrics_exposition.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return _OPENMETRICS, text + rest.removesuffix(_EOF) + _EOF
+        return _PLAIN, text + generate_latest(self.registry)
 
     def collect(self) -> Iterable[Metric]:
-        """The families of a scrape; called by the registry."""
+        """The families of a scrape as prometheus-client has them; called by a registry."""
+        for family in self._families():
+            if family.samples:
+                metric = Metric(family.name, family.documentation, family.kind)
+                for names, values, number, suffix in family.samples:
+                    suffix = "_total" if family.kind == "counter" else suffix
+                    metric.add_sample(family.name + suffix, dict(zip(names, values, strict=True)), number)
+                yield metric
+
+    def _families(self) -> Iterator[Family]:
+        build = Family("istio_build", "gauge", "Istio component build info.")
+        build.add(("component", "tag"), self._build, 1)
+        yield build
         yield from self._collect_tcp()
-        yield self._gauge("hbone_sessions_open", "HTTP/2 sessions that are open now.", self._sessions_open)
-        yield self._counter(
-            "hbone_sessions_ended", "HTTP/2 sessions that have ended, by cause.", "cause", self._sessions_ended
+        sockets = Family("istio_tcp_sockets_open", "gauge", "The current number of open TCP sockets (unstable).")
+        open_now: dict[str, int] = {}
+        for reporter, read in self._sockets:
+            open_now[reporter] = open_now.get(reporter, 0) + read()
+        for reporter, number in open_now.items():
+            sockets.add(("reporter",), (reporter,), number)
+        yield sockets
+        yield _by_role("hbone_sessions_open", "HTTP/2 sessions that are open now.", self._sessions_open)
+        yield _counter(
+            "hbone_sessions_ended",
+            "HTTP/2 sessions that have ended, by cause.",
+            ("role", "cause"),
+            self._sessions_ended,
         )
-        yield self._gauge("hbone_tunnels_open", "Tunnels (CONNECT streams) that are open now.", self._tunnels_open)
-        yield self._counter(
-            "hbone_tunnels_refused", "CONNECT requests that were refused, by status.", "status", self._refusals
+        yield _by_role("hbone_tunnels_open", "Tunnels (CONNECT streams) that are open now.", self._tunnels_open)
+        yield _counter(
+            "hbone_tunnels_refused",
+            "CONNECT requests that were refused, by status.",
+            ("role", "status"),
+            self._refusals,
         )
-        yield self._histogram(
+        yield self._collect_buffered()
+        yield _histogram(
             "hbone_connect_duration_seconds", "From a CONNECT request to its 200 response.", self._connects
         )
-        yield self._histogram(
+        yield _histogram(
             "hbone_handshake_duration_seconds",
             "TLS handshakes that went well, up to the peer's SETTINGS.",
             self._handshakes,
         )
-        yield self._counter(
-            "hbone_handshake_failures", "TLS handshakes that failed, by cause.", "cause", self._handshake_failures
+        yield _counter(
+            "hbone_handshake_failures",
+            "TLS handshakes that failed, by cause.",
+            ("role", "cause"),
+            self._handshake_failures,
         )
-        build = GaugeMetricFamily("istio_build", "What runs here; always 1.", labels=("component", "tag"))
-        build.add_metric(self._build, 1)
-        yield build
-        for name, documentation, counter, read in self._readings:
-            family = CounterMetricFamily if counter else GaugeMetricFamily
-            yield family(name, documentation, value=read())
+        yield _counter(
+            "hbone_policy_verdicts",
+            "Decisions of authorization policies about connections.",
+            ("verdict", "dry_run"),
+            self._verdicts,
+        )
+        yield from self._collect_pools()
+        for name, reading in self._readings.items():
+            family = Family(name, "counter" if reading.counter else "gauge", reading.documentation)
+            for values, read_one in reading.read.items():
+                family.add(reading.labels, values, read_one())
+            yield family
 
-    def _collect_tcp(self) -> Iterator[Metric]:
-        names = TrafficLabels._fields
-        opened = CounterMetricFamily(
-            "istio_tcp_connections_opened", "The total number of TCP connections opened.", labels=names
-        )
-        closed = CounterMetricFamily(
-            "istio_tcp_connections_closed", "The total number of TCP connections closed.", labels=names
-        )
-        failed = CounterMetricFamily(
-            "istio_tcp_connections_failed",
-            "The total number of TCP connections that failed to establish (unstable).",
-            labels=names,
-        )
-        received = CounterMetricFamily(
+    def _collect_tcp(self) -> Iterator[Family]:
+        opened = Family("istio_tcp_connections_opened", "counter", "The total number of TCP connections opened.")
+        closed = Family("istio_tcp_connections_closed", "counter", "The total number of TCP connections closed.")
+        received = Family(
             "istio_tcp_received_bytes",
+            "counter",
             "The size of total bytes received during request in case of a TCP connection.",
-            labels=names,
         )
-        sent = CounterMetricFamily(
+        sent = Family(
             "istio_tcp_sent_bytes",
+            "counter",
             "The size of total bytes sent during response in case of a TCP connection.",
-            labels=names,
         )
+        failed = Family(
+            "istio_tcp_connections_failed",
+            "counter",
+            "The total number of TCP connections that failed to establish (unstable).",
+        )
+        names = TrafficLabels._fields
         for labels, traffic in self._tcp.items():
             for connection in traffic.open:
                 connection.catch_up()
-            opened.add_metric(labels, traffic.opened)
-            received.add_metric(labels, traffic.received)
-            sent.add_metric(labels, traffic.sent)
+            opened.add(names, labels, traffic.opened)
+            received.add(names, labels, traffic.received)
+            sent.add(names, labels, traffic.sent)
             for flag, count in traffic.closed.items():
                 flagged = labels._replace(response_flags=flag)
-                closed.add_metric(flagged, count)
+                closed.add(names, flagged, count)
                 if flag != NO_FLAG:
-                    failed.add_metric(flagged, count)
+                    failed.add(names, flagged, count)
         yield from (opened, closed, received, sent, failed)
 
-    @staticmethod
-    def _gauge(name: str, documentation: str, values: dict[str, int]) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(name, documentation, labels=("role",))
-        for role, value in values.items():
-            family.add_metric((role,), value)
+    def _collect_buffered(self) -> Family:
+        family = Family(
+            "hbone_buffered_bytes",
+            "gauge",
+            "Bytes in the buffers of sessions: received and not taken yet, or to be sent and not taken by TLS yet.",
+        )
+        sums: dict[tuple[str, str], int] = {}
+        for role, session in self._sessions.values():
+            statistics = session.statistics()
+            sums[role, "received"] = sums.get((role, "received"), 0) + statistics.receive_buffered
+            sums[role, "unsent"] = sums.get((role, "unsent"), 0) + statistics.unsent
+        for key, number in sums.items():
+            family.add(("role", "direction"), key, number)
         return family
 
-    @staticmethod
-    def _counter(name: str, documentation: str, label: str, values: dict[tuple[str, str], int]) -> CounterMetricFamily:
-        family = CounterMetricFamily(name, documentation, labels=("role", label))
-        for key, value in values.items():
-            family.add_metric(key, value)
-        return family
+    def _collect_pools(self) -> Iterator[Family]:
+        if not self._pools and not any(self._pools_gone.values()):
+            return
+        pools = [statistics() for statistics in self._pools]
+        sessions = Family("hbone_pool_sessions", "gauge", "Sessions of the connection pools, by state.")
+        for state in _POOL_STATES:
+            sessions.add(("state",), (state,), sum(getattr(pool, state) for pool in pools))
+        yield sessions
+        for name, documentation in _POOL_GAUGES.items():
+            gauge = Family(f"hbone_pool_{name}", "gauge", documentation)
+            gauge.add((), (), sum(getattr(pool, name) for pool in pools))
+            yield gauge
+        for name, documentation in _POOL_COUNTERS.items():
+            counter = Family(f"hbone_pool_{name}", "counter", documentation)
+            counter.add((), (), self._pools_gone[name] + sum(getattr(pool, name) for pool in pools))
+            yield counter
 
-    @staticmethod
-    def _histogram(name: str, documentation: str, values: dict[str, _Histogram]) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(name, documentation, labels=("role",))
-        for role, histogram in values.items():
-            family.add_metric((role,), histogram.buckets(), histogram.total)
-        return family
+
+class _Reading(NamedTuple):
+    documentation: str
+    counter: bool
+    labels: tuple[str, ...]
+    read: dict[tuple[str, ...], Callable[[], float]]
+
+
+def _by_role(name: str, documentation: str, values: dict[str, int]) -> Family:
+    family = Family(name, "gauge", documentation)
+    for role, value in values.items():
+        family.add(_ROLE, (role,), value)
+    return family
+
+
+def _counter(name: str, documentation: str, labels: tuple[str, str], values: Mapping[tuple[str, str], int]) -> Family:
+    family = Family(name, "counter", documentation)
+    for key, value in values.items():
+        family.add(labels, key, value)
+    return family
+
+
+def _histogram(name: str, documentation: str, values: dict[str, _Histogram]) -> Family:
+    family = Family(name, "histogram", documentation)
+    for role, histogram in values.items():
+        count = 0
+        for bound, number in zip(_BOUNDS, histogram.counts, strict=True):
+            count += number
+            family.add(("role", "le"), (role, bound), count, "_bucket")
+        family.add(_ROLE, (role,), count, "_count")
+        family.add(_ROLE, (role,), histogram.total, "_sum")
+    return family

@@ -29,11 +29,11 @@ class MetricsObserver:
 
     def session_opened(self, session: Session) -> None:
         """See `hbone.transport.Observer`."""
-        self._metrics.session_opened(_role(session.client))
+        self._metrics.session_opened(_role(session.client), session)
 
     def session_closed(self, session: Session, error: HboneError | None) -> None:
         """See `hbone.transport.Observer`."""
-        self._metrics.session_closed(_role(session.client), error)
+        self._metrics.session_closed(_role(session.client), error, session)
 
     def tunnel_opened(self, tunnel: Tunnel) -> None:
         """See `hbone.transport.Observer`."""
