@@ -137,7 +137,7 @@ class OutboundProxy:
         """
         from hbone.proxy._ways import _capture
 
-        listener = listen_tcp(host, port, prepare=_capture.set_transparent if transparent else None)
+        listener = listen_tcp(host, port, prepare=partial(_capture.prepare_listener, transparent=transparent))
         own = {int(listener.getsockname()[1])}
         await self._serve(listener, partial(_capture.accept_captured, own_ports=own), task_status)
 

@@ -49,7 +49,7 @@ class IdentityPools:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
         assert self._nursery is not None
         self._closing = True
         self._nursery.cancel_scope.cancel()

@@ -87,6 +87,15 @@ class TunnelRequest:
         """A snapshot of its tunnel, also before it is accepted."""
         return self._tunnel.statistics()
 
+    def received_and_sent(self) -> tuple[int, int]:
+        """Bytes of its tunnel so far: from the peer, and to it."""
+        return self._tunnel.bytes_received, self._tunnel.bytes_sent
+
+    def abort(self, error_code: ErrorCode = ErrorCode.CANCEL) -> None:
+        """Reset it, accepted or not; harmless when it is over. Whoever uses its tunnel sees it broken."""
+        if self._tunnel.stream.open:
+            self._tunnel.abort(error_code)
+
     @property
     def answered(self) -> bool:
         """Whether it was accepted or rejected, or is gone."""

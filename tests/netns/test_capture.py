@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 if sys.platform != "linux":
     pytest.skip("network namespaces are for Linux", allow_module_level=True)
 
-from hbone.proxy._ways._capture import accept_captured, set_mark, set_transparent
+from hbone.proxy._ways._capture import accept_captured
+from hbone.transport import set_mark, set_transparent
 
 if os.geteuid() != 0:
     pytest.skip("network namespaces need root", allow_module_level=True)

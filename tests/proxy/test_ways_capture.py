@@ -17,7 +17,8 @@ from hbone.proxy._ways import BadHandshake
 if sys.platform != "linux":
     pytest.skip("capturing is for Linux", allow_module_level=True)
 
-from hbone.proxy._ways._capture import accept_captured, original_destination, set_mark, set_transparent
+from hbone.proxy._ways._capture import accept_captured, original_destination
+from hbone.transport import set_mark, set_transparent
 
 
 async def test_without_a_rule_the_destination_is_the_sockets_own_address() -> None:

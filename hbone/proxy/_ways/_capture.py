@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from hbone.address import Endpoint
 from hbone.errors import InvalidAddress
 from hbone.proxy._ways._base import BadHandshake, SilentWayIn, peer_of, reset
+from hbone.transport import set_transparent
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -30,13 +31,11 @@ if sys.platform != "linux":
         "capturing connections needs Linux: SO_ORIGINAL_DST, IP_TRANSPARENT and SO_MARK are not elsewhere"
     )
 
-__all__ = ["accept_captured", "original_destination", "set_mark", "set_transparent"]
+__all__ = ["accept_captured", "original_destination", "prepare_listener"]
 
-# Not in the socket module; from linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h, linux/in.h, linux/in6.h.
+# Not in the socket module; from linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h.
 _SO_ORIGINAL_DST = 80
 _IP6T_SO_ORIGINAL_DST = 80
-_IP_TRANSPARENT = 19
-_IPV6_TRANSPARENT = 75
 
 _NO_ENTRY = frozenset({errno.ENOENT, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL})
 
@@ -105,31 +104,15 @@ def _is_ours(ip: IPAddress) -> bool:
     return True
 
 
-def set_mark(sock: socket.socket, mark: int) -> None:
-    """Sets SO_MARK, by which firewall rules tell the proxy's own connections from those to capture.
+def prepare_listener(sock: socket.socket, *, transparent: bool | None) -> None:
+    """Let a listener take TPROXY connections: True, it must; None, where that is allowed; False, it does not.
 
     Raises:
-        PermissionError: the process lacks CAP_NET_ADMIN.
+        PermissionError: `transparent` is True, and the process lacks CAP_NET_ADMIN and CAP_NET_RAW.
     """
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-    except PermissionError:
-        why = (
-            f"setting the packet mark {mark:#x} needs CAP_NET_ADMIN (run as root, or give the process that capability)"
-        )
-        raise PermissionError(errno.EPERM, why) from None
-
-
-def set_transparent(sock: socket.socket) -> None:
-    """Sets IP_TRANSPARENT: a listener then takes TPROXY connections, a client may bind to a foreign address.
-
-    Raises:
-        PermissionError: the process lacks CAP_NET_ADMIN (or CAP_NET_RAW).
-    """
-    try:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
-    except PermissionError:
-        why = "transparent sockets need CAP_NET_ADMIN or CAP_NET_RAW (run as root, or give the process that capability)"
-        raise PermissionError(errno.EPERM, why) from None
+    if transparent is not False:
+        try:
+            set_transparent(sock)
+        except PermissionError:
+            if transparent:
+                raise

@@ -1,0 +1,338 @@
+"""The inbound side of a node: HBONE in, the workloads of this node behind it.
+
+Each CONNECT goes through the steps of the wire profile in their order: whose is it, does the mesh place its target
+here (400), where to (503), is it allowed (401), can it be reached (503), 200. Where TCP goes is always the address
+that the peer dialled, never one that the peer wrote.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from hbone.errors import CertificateUnavailable, ConnectFailed, HboneError, RequestRejected
+from hbone.protocol import Baggage, ConnectResponse, ErrorCode, ProxyHeader
+from hbone.proxy._connections import InboundConnection
+from hbone.proxy._facts import baggage_of, error_text, inbound_record
+from hbone.rbac import Flow
+from hbone.routing import NoInboundRoute, route_inbound
+from hbone.telemetry import AccessRecord, Direction, MetricsObserver, labels_for, log_names, response_flag
+from hbone.transport import HBONEServer, connect_tcp, listen_tcp, relay, reset_socket
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from hbone.address import Endpoint
+    from hbone.identity import SpiffeIdentity
+    from hbone.mesh import MeshSnapshot, Workload
+    from hbone.proxy._context import NodeContext
+    from hbone.routing import InboundRoute
+    from hbone.telemetry import OpenConnection, TrafficLabels
+    from hbone.tls import SvidSource
+    from hbone.transport import TunnelRequest
+
+__all__ = ["NodeInbound"]
+
+_log: Final = logging.getLogger("hbone.proxy.inbound")
+#: Peers and targets whose facts are kept.
+_REMEMBERED: Final = 8192
+#: Bytes of a peer's headers up to which its facts are kept: it chooses them.
+_MAX_REMEMBERED: Final = 1024
+_OK: Final = ConnectResponse(status=200)
+
+
+class _Facts:
+    """What is the same for all tunnels of one peer to one target."""
+
+    __slots__ = ("host", "labels", "response", "route", "source_names", "workload")
+
+    def __init__(
+        self,
+        *,
+        workload: Workload,
+        route: InboundRoute,
+        source: Workload | None,
+        baggage: Baggage | None,
+        peer: SpiffeIdentity,
+        response_baggage: bool,
+    ) -> None:
+        self.workload = workload
+        self.route = route
+        self.host = str(route.upstream.ip)
+        who = source if source is not None else baggage
+        self.source_names = log_names(who)
+        self.labels: TrafficLabels = labels_for(
+            "destination",
+            source=who,
+            destination=workload,
+            service=route.service,
+            source_principal=peer,
+            destination_principal=workload.identity,
+            mutual_tls=True,
+        )
+        self.response = (
+            ConnectResponse.build(200, [(b"baggage", baggage_of(workload).encode())]) if response_baggage else _OK
+        )
+
+
+class NodeInbound:
+    """Terminates HBONE for the workloads of a node.
+
+    Args:
+        context: what the node's parts share.
+    """
+
+    def __init__(self, context: NodeContext) -> None:
+        self._context = context
+        settings = context.settings
+        self._facts: dict[object, _Facts] = {}
+        self._facts_of: MeshSnapshot | None = None
+        self.server: HBONEServer = HBONEServer(
+            self._svid_for,
+            self._handle,
+            limits=settings.limits,
+            timeouts=settings.timeouts,
+            observer=MetricsObserver(context.metrics) if context.metrics is not None else None,
+            socket_options=settings.socket_options,
+        )
+
+    async def serve(
+        self, host: str, port: int, *, task_status: trio.TaskStatus[Endpoint] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve until `drain` or cancelled.
+
+        Raises:
+            OSError: it cannot listen there.
+        """
+        listener = listen_tcp(host, port, options=self._context.settings.socket_options)
+        self._context.own_ports.add(int(listener.getsockname()[1]))
+        await self.server.serve_listener(listener, task_status=task_status)
+
+    async def drain(self, deadline: float) -> None:
+        """Stop gracefully; see `HBONEServer.drain`."""
+        await self.server.drain(deadline)
+
+    def _svid_for(self, dialled: Endpoint | None) -> SvidSource:
+        """Who we are, to a peer that dialled this address.
+
+        Raises:
+            CertificateUnavailable: we serve no workload there.
+        """
+        workload = None if dialled is None else self._context.local.find(dialled.ip)
+        if workload is None:
+            raise CertificateUnavailable(dialled, "no workload of this node has this address")
+        return self._context.svids.source(workload.identity)
+
+    # === one tunnel ===
+
+    async def _handle(self, request: TunnelRequest) -> None:
+        began = trio.current_time()
+        context = self._context
+        counted: OpenConnection | None = None
+        connection: InboundConnection | None = None
+        facts: _Facts | None = None
+        error: Exception | None = None
+        scope = trio.CancelScope()
+
+        def close() -> None:
+            if request.answered:
+                # Not CANCEL, which some peers take for an end of file. The relay ends with it.
+                request.abort(ErrorCode.CONNECT_ERROR)
+            scope.cancel()
+
+        try:
+            with scope:
+                facts = self._find(request)
+                if context.metrics is not None:
+                    counted = context.metrics.connection_opened(labels=facts.labels, live=request.received_and_sent)
+                connection = self._register(request, facts, close)
+                verdict = context.connections.admit(connection)
+                if not verdict.allowed:
+                    why = f"connection closed due to policy rejection: {verdict.reason}"
+                    raise RequestRejected(401, flag="DENY", reason=why)
+                error = await self._forward(request, facts, began)
+            if connection is not None and connection.revoked is not None:
+                why = f"connection closed due to policy change: {connection.revoked.reason}"
+                raise RequestRejected(401, flag="DENY", reason=why)
+        except RequestRejected as exc:
+            error = exc
+            raise
+        except trio.BrokenResourceError as exc:
+            cause = exc.__cause__
+            error = cause if isinstance(cause, HboneError) else exc
+        except trio.Cancelled:
+            error = ConnectFailed("cancelled: the request was taken back, or the node is stopping")
+            raise
+        finally:
+            if connection is not None:
+                context.connections.release(connection)
+            received, sent = request.received_and_sent()
+            if counted is not None:
+                counted.closed(received, sent, response_flag(error))
+            self._record(request, facts, (received, sent), trio.current_time() - began, error)
+
+    def _find(self, request: TunnelRequest) -> _Facts:
+        """Steps 2 to 7 of the wire profile, remembered for each peer and target.
+
+        Raises:
+            RequestRejected: 400 or 503.
+        """
+        context = self._context
+        snapshot = context.mesh.snapshot
+        if snapshot is not self._facts_of:
+            self._facts_of = snapshot
+            self._facts.clear()
+        headers, peer, dialled = request.headers, request.peer, request.local_address
+        address = peer.address
+        baggage = host = network = b""
+        for name, value in headers.headers:
+            if name == b"baggage":
+                baggage = baggage + b"," + value if baggage else value
+            elif name == b"forwarded":
+                host = value.partition(b"host=")[2]
+            elif name == b"x-forwarded-network":
+                network = value
+        key = (dialled, headers.authority, peer.identity, address.ip if address else None, baggage, host, network)
+        facts = self._facts.get(key)
+        if facts is None:
+            facts = self._work_out(request, snapshot)
+            if len(baggage) + len(host) + len(network) + len(headers.authority) < _MAX_REMEMBERED:
+                if len(self._facts) >= _REMEMBERED:
+                    self._facts.clear()
+                self._facts[key] = facts
+        return facts
+
+    def _work_out(self, request: TunnelRequest, snapshot: MeshSnapshot) -> _Facts:
+        context, settings = self._context, self._context.settings
+        dialled, headers, peer = request.local_address, request.headers, request.peer
+        workload = None if dialled is None else context.local.find(dialled.ip)
+        if workload is None or dialled is None:
+            raise RequestRejected(503, flag="CONNECT", reason=f"no workload of this node has the address {dialled}")
+        forwarded = headers.forwarded
+        route = route_inbound(
+            snapshot,
+            context.router.config,
+            workload=workload,
+            dialled=dialled,
+            authority=request.target,
+            forwarded_host=forwarded.host if forwarded is not None else None,
+        )
+        if isinstance(route, NoInboundRoute):
+            raise RequestRejected(route.status, flag="CONNECT", reason=route.reason)
+        # Behind a gateway the address is the gateway's and says nothing of the source.
+        source = None
+        if peer.address is not None and not headers.crossed_networks(settings.network):
+            source = snapshot.workload_by_address(settings.network, peer.address.ip)
+        return _Facts(
+            workload=workload,
+            route=route,
+            source=source,
+            baggage=headers.baggage if settings.response_baggage else None,
+            peer=peer.identity,
+            response_baggage=settings.response_baggage,
+        )
+
+    @staticmethod
+    def _register(request: TunnelRequest, facts: _Facts, close: Callable[[], None]) -> InboundConnection:
+        route, peer = facts.route, request.peer
+        destination = route.rbac_destination
+        assert peer.address is not None  # as it dialled an address of ours
+        return InboundConnection(
+            workload=facts.workload,
+            source=peer.address,
+            original=route.service.hostname if route.service is not None else None,
+            actual=route.upstream,
+            protocol="HBONE",
+            flow=Flow(
+                source_ip=peer.address.ip,
+                source_identity=peer.identity,
+                destination_ip=destination.ip,
+                destination_port=destination.port,
+            ),
+            close=close,
+        )
+
+    async def _forward(self, request: TunnelRequest, facts: _Facts, began: float) -> Exception | None:
+        """Dial, answer, relay. Returns what broke the relay, if anything did.
+
+        Raises:
+            RequestRejected: 503, the application cannot be reached.
+        """
+        settings, route, address = self._context.settings, facts.route, request.peer.address
+        keep = route.keep_source and settings.keep_source is not False and address is not None
+        try:
+            sock = await connect_tcp(
+                facts.host,
+                route.upstream.port,
+                timeout=settings.timeouts.connect if settings.timeouts is not None else 10.0,
+                source_ip=address.ip if keep and address is not None and address.ip != route.upstream.ip else None,
+                transparent=keep,
+                options=settings.socket_options,
+            )
+        except ConnectFailed as exc:
+            raise RequestRejected(503, flag="CONNECT", reason=f"connection failed: {exc}") from exc
+        try:
+            tunnel = request.accept_nowait(facts.response)
+            if route.proxy_protocol:
+                await _send_all(sock, self._proxy_header(request, facts))
+        except BaseException:
+            reset_socket(sock)
+            raise
+        if self._context.metrics is not None:
+            self._context.metrics.connect_finished("server", trio.current_time() - began)
+        return (await relay(tunnel, sock)).error
+
+    @staticmethod
+    def _proxy_header(request: TunnelRequest, facts: _Facts) -> bytes:
+        """Wire profile, PROXY protocol."""
+        peer, target = request.peer, facts.route.tunnel_target
+        assert target is not None
+        if peer.address is None:
+            return ProxyHeader().encode()
+        return ProxyHeader(source=peer.address, destination=target, identity=peer.identity).encode()
+
+    def _record(
+        self,
+        request: TunnelRequest,
+        facts: _Facts | None,
+        counts: tuple[int, int],
+        seconds: float,
+        error: Exception | None,
+    ) -> None:
+        log = self._context.access_log
+        if log is None:
+            return
+        peer, dialled = request.peer, request.local_address
+        if facts is None:
+            text = error_text(error) if error is not None else None
+            log.write(AccessRecord(direction=Direction.INBOUND, src_addr=peer.address, dst_addr=dialled, error=text))
+            return
+        log.write(
+            inbound_record(
+                source=peer.address,
+                source_names=facts.source_names,
+                dialled=dialled,
+                workload=facts.workload,
+                service=facts.route.service,
+                counts=counts,
+                seconds=seconds,
+                error=error,
+                peer=peer.identity,
+                authority=request.headers.authority,
+            )
+        )
+
+
+async def _send_all(sock: socket.socket, data: bytes) -> None:
+    """To a fresh socket, which mostly takes it at once."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+        except OSError as exc:
+            raise trio.BrokenResourceError("the application left before it was told who calls") from exc
