@@ -92,11 +92,12 @@ class MeshSnapshot:
         remove_services: Iterable[NamespacedHostname] = (),
         remove_policies: Iterable[str] = (),
     ) -> MeshSnapshot:
-        """A snapshot with these removed first, then those put in place of what has their uid or name.
+        """A snapshot without these, and with those in place of what has their uid or name.
 
-        Takes time for what changes, and some to copy dictionaries: 10 000 workloads with one change, well under a
-        millisecond. What is removed need not be there. What is put in and equals what is there changes nothing: the old
-        object stays, and `workloads`, `services` and `policies` are the old objects where nothing in them changed.
+        Takes time for what changes, and some to copy dictionaries: one workload of 10 000 takes half a millisecond.
+        What is removed need not be there; what is in both lists is replaced. What is put in and equals what is there
+        changes nothing: the old object stays, and `workloads`, `services` and `policies` are the old objects where
+        nothing in them changed.
 
         Returns:
             the new snapshot; this one when nothing changed.
