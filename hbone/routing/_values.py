@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from hbone.address import Authority, Endpoint
 
 if TYPE_CHECKING:
-    from hbone.address import Authority, Endpoint
+    from hbone.address import IPAddress
     from hbone.identity import SpiffeIdentity
     from hbone.mesh import Service, Workload
 
@@ -16,11 +19,15 @@ __all__ = [
     "InboundRoute",
     "NoInboundRoute",
     "NoOutboundRoute",
+    "Note",
     "OutboundProtocol",
     "OutboundRoute",
     "RouteType",
     "RoutingConfig",
 ]
+
+Note: TypeAlias = Callable[[str], None]
+"""Hears how a decision came about: one fact a call, in words."""
 
 #: Ports of the proxies themselves: forwarding to them would go round in a circle.
 ILLEGAL_PORTS: Final = frozenset((15001, 15006, 15008))
@@ -52,6 +59,8 @@ class RoutingConfig:
     hbone_port: int = 15008
     """Where workloads of the mesh listen for HBONE. Another value is for tests."""
     illegal_ports: frozenset[int] = ILLEGAL_PORTS
+    localhost_app_tunnel: bool = True
+    """Whether an application that wants a PROXY header is reached at loopback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +72,33 @@ class OutboundRoute:
     next_hop: Endpoint | Authority
     """Where TCP connects to; an `Authority` is a name that is resolved first (a workload known by its name only)."""
     authority: Authority | None = None
-    """The ``:authority`` of the CONNECT, of both of them when there are two; None for TCP."""
+    """The ``:authority`` of the CONNECT, of both of them when there are two; None for TCP. See `resolved`."""
     expected: tuple[SpiffeIdentity, ...] = ()
-    """Who may be at `next_hop`; empty for TCP."""
+    """Who may be at `next_hop`: never empty for HBONE and DOUBLEHBONE, always for TCP."""
     inner_expected: tuple[SpiffeIdentity, ...] = ()
-    """Who may be at the far end of the inner tunnel; empty but for DOUBLEHBONE."""
+    """Who may be at the far end of the inner tunnel: never empty for DOUBLEHBONE, always otherwise."""
     workload: Workload | None = None
     """The next hop: the endpoint, the waypoint or the gateway; None when nothing is known of it."""
     service: Service | None = None
     """What the application wanted, if that is a service of the mesh."""
+
+    def resolved(self, ip: IPAddress) -> OutboundRoute:
+        """The same route when the name in `next_hop` turned out to be this address.
+
+        An `authority` that names the next hop itself gets the address too: to its proxy, a name would be a service.
+        """
+        if isinstance(self.next_hop, Endpoint):
+            return self
+        next_hop = Endpoint(ip, self.next_hop.port)
+        authority = self.authority
+        if authority is not None and authority.host == self.next_hop.host and self.type is RouteType.DIRECT:
+            authority = Endpoint(ip, authority.port).authority
+        return replace(self, next_hop=next_hop, authority=authority)
+
+    def __str__(self) -> str:
+        """As it stands in the log: ``10.96.0.20:80 using HBONE via 10.0.0.9:15008 type ToServerWaypoint``."""
+        target = self.next_hop if self.authority is None else self.authority
+        return f"{target} using {self.protocol.value} via {self.next_hop} type {self.type.value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +107,9 @@ class NoOutboundRoute:
 
     reason: str
     """``no healthy upstream: 10.96.0.21:80``, for instance."""
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
