@@ -3,6 +3,8 @@
 from hbone.transport._client import HBONE_PORT as HBONE_PORT
 from hbone.transport._client import HBONEClient as HBONEClient
 from hbone.transport._client import expected_peers as expected_peers
+from hbone.transport._ends import RelayResult as RelayResult
+from hbone.transport._ends import reset_socket as reset_socket
 from hbone.transport._forward import AllowNetworks as AllowNetworks
 from hbone.transport._forward import DialledAddress as DialledAddress
 from hbone.transport._forward import FixedTarget as FixedTarget
@@ -20,13 +22,13 @@ from hbone.transport._pool import PoolStatistics as PoolStatistics
 from hbone.transport._pool_state import PoolKey as PoolKey
 from hbone.transport._pool_state import PoolLimits as PoolLimits
 from hbone.transport._pool_state import SessionState as SessionState
-from hbone.transport._relay import RelayResult as RelayResult
 from hbone.transport._relay import relay as relay
-from hbone.transport._relay import reset_socket as reset_socket
 from hbone.transport._server import HBONEServer as HBONEServer
 from hbone.transport._server import ServerStatistics as ServerStatistics
 from hbone.transport._server import TunnelRequest as TunnelRequest
 from hbone.transport._session import Session as Session
+from hbone.transport._splice import PlainRelay as PlainRelay
+from hbone.transport._splice import relay_sockets as relay_sockets
 from hbone.transport._tcp import accept_from as accept_from
 from hbone.transport._tcp import connect_tcp as connect_tcp
 from hbone.transport._tcp import listen_tcp as listen_tcp
@@ -50,6 +52,7 @@ __all__ = [
     "HBONEServer",
     "Observer",
     "Peer",
+    "PlainRelay",
     "PoolKey",
     "PoolLimits",
     "PoolStatistics",
@@ -70,6 +73,7 @@ __all__ = [
     "expected_peers",
     "listen_tcp",
     "relay",
+    "relay_sockets",
     "reset_socket",
     "resolve",
     "set_mark",

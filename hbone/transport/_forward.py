@@ -10,7 +10,8 @@ import trio
 
 from hbone.errors import ConnectFailed, HboneError, InvalidAddress, RequestRejected
 from hbone.protocol import ConnectResponse
-from hbone.transport._relay import relay, reset_socket
+from hbone.transport._ends import reset_socket
+from hbone.transport._relay import relay
 from hbone.transport._tcp import connect_tcp
 
 if TYPE_CHECKING:

@@ -21,12 +21,7 @@ that was reset or whose session ended becomes a TCP reset. Never an end of file 
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
-import sys
-import termios
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -34,22 +29,20 @@ import trio
 from hbone.errors import HboneError, LocalProtocolError
 from hbone.protocol import ErrorCode
 from hbone.protocol._frames import FRAME_HEADER_SIZE
+from hbone.transport._ends import LINGER, RelayResult, let_it_read, reset_socket
 from hbone.transport._poller import READABLE, WRITABLE, Poller
 from hbone.transport._session import RECORD_PAYLOAD
+from hbone.transport._splice import relay_sockets
 from hbone.transport._tunnel import Tunnel, reset_by_us
 
 if TYPE_CHECKING:
     from hbone.transport._session import Session
 
-__all__ = ["Link", "Pump", "RelayResult", "relay", "reset_socket"]
+__all__ = ["Link", "Pump", "relay"]
 
 #: One read of a socket, shared by all pumps of a thread. Twice as much brought nothing.
 _READ_SIZE: Final = 256 * 1024
 _COPY_SIZE: Final = 256 * 1024
-#: Seconds that an application gets to read the end of a download when its upload cannot go on.
-_LET_READ: Final = 1.0
-#: SO_LINGER on, zero seconds: close() sends RST.
-_LINGER: Final = struct.pack("ii", 1, 0)
 
 _pump_buffer: trio.lowlevel.RunVar[bytearray] = trio.lowlevel.RunVar("hbone-pump-buffer")
 
@@ -61,27 +54,6 @@ def _shared_pump_buffer() -> bytearray:
         buffer = bytearray(FRAME_HEADER_SIZE + _READ_SIZE)
         _pump_buffer.set(buffer)
         return buffer
-
-
-def reset_socket(sock: socket.socket) -> None:
-    """Close so that the other side sees a reset: TCP RST."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-    except OSError:
-        pass  # not a TCP socket, or gone
-    sock.close()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RelayResult:
-    """How a relay ended."""
-
-    bytes_up: int
-    """From downstream to upstream."""
-    bytes_down: int
-    """From upstream to downstream."""
-    error: Exception | None
-    """None when both directions ended as they should; otherwise what broke, and both ends were reset."""
 
 
 class Pump:
@@ -245,7 +217,7 @@ class Link:
                 self._sock.shutdown(socket.SHUT_WR)
                 self.write_ended = True
             if self.linger and self.write_ended:
-                await _let_it_read(self._sock)
+                await let_it_read(self._sock)
         except OSError as exc:
             self.error = self.error or exc
 
@@ -427,6 +399,7 @@ class Link:
             self._watched = True
 
 
+_SOCKETS = (socket.socket, trio.SocketStream)
 _End = socket.socket | trio.SocketStream | trio.abc.HalfCloseableStream
 
 
@@ -440,8 +413,8 @@ async def relay(downstream: _End, upstream: _End) -> RelayResult:
         downstream: who asked; `bytes_up` counts what comes from here.
         upstream: who was asked.
             Either may be a `Tunnel`, a connected non-blocking `socket.socket`, a `trio.SocketStream`, or any
-            half-closeable trio stream. A tunnel with a socket takes the fast path. Both are closed in the end, also
-            when cancelled: then both are reset.
+            half-closeable trio stream. A tunnel with a socket takes the fast path, and so do two sockets. Both are
+            closed in the end, also when cancelled: then both are reset.
 
     Returns:
         How it ended; a broken end is reported in there, not raised.
@@ -456,6 +429,11 @@ async def relay(downstream: _End, upstream: _End) -> RelayResult:
         if sock is not None:
             link = await _relay_socket(downstream, sock)
             return RelayResult(bytes_up=link.to_socket, bytes_down=link.from_socket, error=link.error)
+    if isinstance(downstream, _SOCKETS) and isinstance(upstream, _SOCKETS):
+        socks = _plain_socket(downstream), _plain_socket(upstream)
+        assert socks[0] is not None
+        assert socks[1] is not None
+        return await relay_sockets(socks[0], socks[1])
     return await _relay_streams(_as_stream(downstream), _as_stream(upstream))
 
 
@@ -497,29 +475,6 @@ async def _relay_socket(tunnel: Tunnel, sock: socket.socket) -> Link:
     return link
 
 
-async def _let_it_read(sock: socket.socket) -> None:
-    """A reset makes the kernel drop unsent output: read until the application has had its end, or could have."""
-    while True:
-        with trio.move_on_after(_LET_READ):
-            while True:
-                await trio.lowlevel.wait_readable(sock)
-                try:
-                    if not sock.recv(_COPY_SIZE):
-                        return
-                except BlockingIOError:
-                    pass
-        if not _unsent(sock):
-            return
-
-
-def _unsent(sock: socket.socket) -> int:
-    """Bytes that the other side's kernel has not taken; 0 where that cannot be known."""
-    try:
-        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except OSError:
-        return 0
-
-
 async def _relay_streams(
     downstream: trio.abc.HalfCloseableStream, upstream: trio.abc.HalfCloseableStream
 ) -> RelayResult:
@@ -556,7 +511,7 @@ async def _reset_stream(end: trio.abc.HalfCloseableStream) -> None:
         end.abort(ErrorCode.CONNECT_ERROR)
     elif isinstance(end, trio.SocketStream):
         try:
-            end.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+            end.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         except OSError:
             pass
     await trio.aclose_forcefully(end)

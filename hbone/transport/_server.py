@@ -393,7 +393,7 @@ class HBONEServer:
                 source = source(dialled)
             except HboneError:
                 raise
-            except Exception as exc:  # noqa: BLE001 - a failure of yours costs the connection, not the server
+            except Exception as exc:
                 raise ConnectFailed(f"the choice of an SVID for {dialled or 'a stream'} failed: {exc!r}") from exc
         policy = self._policy or PeerPolicy.trust_domain(source.identity.trust_domain)
         return source.current(), policy

@@ -34,7 +34,7 @@ from support.tcp import connected_pair as new_pair
 from support.tcp import receive_all
 
 from hbone import ErrorCode, HBONEServer, Limits, RelayResult, SessionClosed, Timeouts, TunnelReset, relay
-from hbone.transport import _relay
+from hbone.transport import _ends
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -178,7 +178,7 @@ async def test_all_four_orders_of_ending(order: str, limits: Limits | None) -> N
 )
 async def test_a_reset_for_everything_that_breaks(breaks: str, ended: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides' applications: who waits for more gets a reset, who has had its end keeps it."""
-    monkeypatch.setattr(_relay, "_LET_READ", 0.01)
+    monkeypatch.setattr(_ends, "_LET_READ", 0.01)
     async with socket_pair(timeouts=LONG, server_options={"timeouts": LONG}) as pair, bridge(pair) as between:
         await between.a.send_all(UP)
         await between.b.send_all(DOWN)
@@ -557,15 +557,15 @@ async def test_a_slow_application_gets_the_tail_though_tunnel_and_session_are_go
 @pytest.mark.wire("W-RST-6")
 async def test_the_wait_for_a_slow_application_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes long to read its tail; when it resets, or stays without reading on, that is the end."""
-    monkeypatch.setattr(_relay, "_LET_READ", 0.01)
+    monkeypatch.setattr(_ends, "_LET_READ", 0.01)
     asked: list[int] = []
-    unsent = _relay._unsent
+    unsent = _ends._unsent
 
     def count(sock: socket.socket) -> int:
         asked.append(unsent(sock))
         return asked[-1]
 
-    monkeypatch.setattr(_relay, "_unsent", count)
+    monkeypatch.setattr(_ends, "_unsent", count)
     async with memory_pair() as pair, trio.open_nursery() as nursery:
         results: list[RelayResult] = []
 
