@@ -49,7 +49,7 @@ TABLE = {
     "hbone.telemetry": row(5, "prometheus_client", "trio"),
     "hbone.admin": row(5, "h11", "prometheus_client", "trio"),
     "hbone.control": row(6, "trio"),
-    "hbone.proxy": row(7, "h11", "trio", public_only=True),
+    "hbone.proxy": row(7, "h11", "trio", "yaml", public_only=True),
     # The facade only re-exports; only the two rows above it import it.
     "hbone": row(7.5),
     "hbone.testing": row(8, "cryptography", "pytest", "trio", "trustme"),
