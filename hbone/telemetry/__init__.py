@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from hbone.telemetry._access_log import AccessLog, AccessRecord, Direction, LogFormat, format_json, format_plain
 from hbone.telemetry._cause import failure_cause, response_flag
 from hbone.telemetry._labels import LogNames, TrafficLabels, labels_for, log_names
+from hbone.telemetry._levels import LogControl, LogLevel, LogLevels
 from hbone.telemetry._observer import MetricsObserver
+from hbone.telemetry._oplog import LogHandler, log_to
 
 if TYPE_CHECKING:
     from hbone.telemetry._metrics import Metrics, OpenConnection
@@ -19,7 +21,11 @@ __all__ = [
     "AccessLog",
     "AccessRecord",
     "Direction",
+    "LogControl",
     "LogFormat",
+    "LogHandler",
+    "LogLevel",
+    "LogLevels",
     "LogNames",
     "Metrics",
     "MetricsObserver",
@@ -30,6 +36,7 @@ __all__ = [
     "format_plain",
     "labels_for",
     "log_names",
+    "log_to",
     "response_flag",
 ]
 

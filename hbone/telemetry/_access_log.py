@@ -27,11 +27,23 @@ from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
 import trio
 
+from hbone.telemetry._levels import LogLevel
+
 if TYPE_CHECKING:
     from hbone.address import Authority, Endpoint
     from hbone.identity import SpiffeIdentity
 
-__all__ = ["AccessLog", "AccessRecord", "Direction", "LogFormat", "format_json", "format_plain"]
+__all__ = [
+    "AccessLog",
+    "AccessRecord",
+    "Direction",
+    "LogFormat",
+    "bare",
+    "format_json",
+    "format_plain",
+    "quote",
+    "timestamp",
+]
 
 _MAX_TEXT = 1024
 _NO_STEP = 1 << 30
@@ -119,6 +131,8 @@ class AccessRecord(NamedTuple):
         return _MESSAGES[self.level]
 
 
+_INFO: Final = int(LogLevel.INFO)
+_LEVELS: Final = {"debug": LogLevel.DEBUG, "info": LogLevel.INFO, "warn": LogLevel.WARN, "error": LogLevel.ERROR}
 _MESSAGES: Final = {
     "debug": "connection opened",
     "info": "connection complete",
@@ -127,7 +141,7 @@ _MESSAGES: Final = {
 }
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """A double-quoted string, printable ASCII only, whatever is in it; cut at 1024 characters."""
     if len(text) > _MAX_TEXT:
         text = text[:_MAX_TEXT] + "..."
@@ -136,25 +150,26 @@ def _quote(text: str) -> str:
     return _delete.sub(r"\\u007f", encode_basestring_ascii(text))
 
 
-def _bare(value: object) -> str:
+def bare(value: object) -> str:
     """An address without quotes; with them if it is not the plain word that it should be."""
     text = str(value)
-    return text if len(text) <= _MAX_TEXT and _bare_text(text) else _quote(text)
+    return text if len(text) <= _MAX_TEXT and _bare_text(text) else quote(text)
 
 
-_second = -1
-_second_text = ""
+# In one tuple, because other threads log too.
+_this_second = (-1, "")
 
 
-def _timestamp(now: float) -> str:
+def timestamp(now: float) -> str:
     """RFC 3339 in UTC with microseconds; only the first line of each second pays for the calendar."""
-    global _second, _second_text
+    global _this_second
     micros = round(now * 1_000_000)
-    second = micros // 1_000_000
-    if second != _second:
-        _second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        _second = second
-    return f"{_second_text}.{micros - second * 1_000_000:06d}Z"
+    second, text = _this_second
+    if micros // 1_000_000 != second:
+        second = micros // 1_000_000
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        _this_second = (second, text)
+    return f"{text}.{micros - second * 1_000_000:06d}Z"
 
 
 # What is said of a side is the same for many connections, and most of a line.
@@ -165,7 +180,7 @@ def _side_plain(
     names = ("service", "workload", "namespace", "identity", "cluster")
     values = (service, workload, namespace, identity, cluster)
     return "".join(
-        f"{side}.{name}={_quote(str(value))} " for name, value in zip(names, values, strict=True) if value is not None
+        f"{side}.{name}={quote(str(value))} " for name, value in zip(names, values, strict=True) if value is not None
     )
 
 
@@ -176,7 +191,7 @@ def _side_json(
     names = ("service", "workload", "namespace", "identity", "cluster")
     values = (service, workload, namespace, identity, cluster)
     return "".join(
-        f',"{side}.{name}":{_quote(str(value))}' for name, value in zip(names, values, strict=True) if value is not None
+        f',"{side}.{name}":{quote(str(value))}' for name, value in zip(names, values, strict=True) if value is not None
     )
 
 
@@ -193,14 +208,14 @@ def format_plain(record: AccessRecord, now: float) -> str:
         bytes_sent, bytes_recv, duration, error, status, flag, _,
     ) = record  # fmt: skip
     level = record.level
-    text = f"{_timestamp(now)}\t{level}\taccess\t{_MESSAGES[level]}\t"
+    text = f"{timestamp(now)}\t{level}\taccess\t{_MESSAGES[level]}\t"
     if src_addr is not None:
-        text += f"src.addr={_bare(src_addr)} "
+        text += f"src.addr={bare(src_addr)} "
     text += _side_plain("src", None, src_workload, src_namespace, src_identity, src_cluster)
     if dst_addr is not None:
-        text += f"dst.addr={_bare(dst_addr)} "
+        text += f"dst.addr={bare(dst_addr)} "
     if dst_hbone_addr is not None:
-        text += f"dst.hbone_addr={_bare(dst_hbone_addr)} "
+        text += f"dst.hbone_addr={bare(dst_hbone_addr)} "
     text += _side_plain("dst", dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster)
     text += f'direction="{direction._value_}"'
     if bytes_sent is not None:
@@ -210,11 +225,11 @@ def format_plain(record: AccessRecord, now: float) -> str:
     if duration is not None:
         text += f' duration="{int(duration * 1000)}ms"'
     if error is not None:
-        text += f" error={_quote(error)}"
+        text += f" error={quote(error)}"
     if status is not None:
         text += f" status={status:d}"
     if flag is not None:
-        text += f" flag={_quote(flag)}"
+        text += f" flag={quote(flag)}"
     return text
 
 
@@ -231,14 +246,14 @@ def format_json(record: AccessRecord, now: float) -> str:
         bytes_sent, bytes_recv, duration, error, status, flag, _,
     ) = record  # fmt: skip
     level = record.level
-    text = f'{{"level":"{level}","time":"{_timestamp(now)}","scope":"access","message":"{_MESSAGES[level]}"'
+    text = f'{{"level":"{level}","time":"{timestamp(now)}","scope":"access","message":"{_MESSAGES[level]}"'
     if src_addr is not None:
-        text += f',"src.addr":{_quote(str(src_addr))}'
+        text += f',"src.addr":{quote(str(src_addr))}'
     text += _side_json("src", None, src_workload, src_namespace, src_identity, src_cluster)
     if dst_addr is not None:
-        text += f',"dst.addr":{_quote(str(dst_addr))}'
+        text += f',"dst.addr":{quote(str(dst_addr))}'
     if dst_hbone_addr is not None:
-        text += f',"dst.hbone_addr":{_quote(str(dst_hbone_addr))}'
+        text += f',"dst.hbone_addr":{quote(str(dst_hbone_addr))}'
     text += _side_json("dst", dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster)
     text += f',"direction":"{direction._value_}"'
     if bytes_sent is not None:
@@ -248,19 +263,19 @@ def format_json(record: AccessRecord, now: float) -> str:
     if duration is not None:
         text += f',"duration":"{int(duration * 1000)}ms"'
     if error is not None:
-        text += f',"error":{_quote(error)}'
+        text += f',"error":{quote(error)}'
     if status is not None:
         text += f',"status":{status:d}'
     if flag is not None:
-        text += f',"flag":{_quote(flag)}'
+        text += f',"flag":{quote(flag)}'
     return text + "}"
 
 
 def _dropped_line(log_format: LogFormat, count: int, now: float) -> str:
     if log_format is LogFormat.JSON:
-        head = f'{{"level":"warn","time":"{_timestamp(now)}","scope":"access"'
+        head = f'{{"level":"warn","time":"{timestamp(now)}","scope":"access"'
         return f'{head},"message":"lines dropped: the reader of this log is too slow","count":{count}}}'
-    return f"{_timestamp(now)}\twarn\taccess\tlines dropped: the reader of this log is too slow\tcount={count}"
+    return f"{timestamp(now)}\twarn\taccess\tlines dropped: the reader of this log is too slow\tcount={count}"
 
 
 class _Sink:
@@ -323,6 +338,9 @@ class AccessLog:
         flush_interval: seconds for which lines are gathered into one write.
         max_buffer: bound of what waits, in characters (lines are ASCII, so also in bytes).
         close_timeout: seconds that `aclose` waits for a slow reader.
+
+    Attributes:
+        level: records below it are not written (`LogLevel`). With ``debug`` those of connections that begin are.
     """
 
     def __init__(
@@ -336,6 +354,7 @@ class AccessLog:
     ) -> None:
         self._sink = _Sink(stream)
         self._log_format = log_format
+        self.level: int = LogLevel.INFO
         self._format = format_json if log_format is LogFormat.JSON else format_plain
         self._flush_interval = flush_interval
         self._max_buffer = max_buffer
@@ -349,6 +368,12 @@ class AccessLog:
         self._closed = False
         self._writing = trio.Lock()  # first come, first served: lines keep their order
         self._limiter = trio.CapacityLimiter(1)  # not one of the threads that the program has for itself
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    @property
+    def log_format(self) -> LogFormat:
+        """How lines are written."""
+        return self._log_format
 
     @property
     def dropped(self) -> int:
@@ -362,8 +387,32 @@ class AccessLog:
 
     def write(self, record: AccessRecord) -> None:
         """Takes one record. Never waits, never raises for what the output does."""
+        if (self.level != _INFO or record.opened) and _LEVELS[record.level] < self.level:
+            return
         now = time.time()
-        line = self._format(record, now)
+        self._add(self._format(record, now), now)
+
+    def write_line(self, line: str) -> None:
+        """Takes a line of another log, printable ASCII only, that is to be in this stream too.
+
+        May be called from any thread; what other threads say is a little late, and before and after `trio.run` it
+        waits for the output.
+        """
+        try:
+            self._token = trio.lowlevel.current_trio_token()
+        except RuntimeError:
+            if self._token is not None:
+                try:
+                    self._token.run_sync_soon(self._add, line, time.time())
+                except trio.RunFinishedError:
+                    self._token = None
+                else:
+                    return
+            self._account(1, self._sink.write(f"{line}\n".encode("ascii")))
+        else:
+            self._add(line, time.time())
+
+    def _add(self, line: str, now: float) -> None:
         size = len(line) + 1
         if self._size + size > self._max_buffer:
             self._dropped += 1
@@ -397,6 +446,7 @@ class AccessLog:
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def __aenter__(self) -> AccessLog:
+        self._token = trio.lowlevel.current_trio_token()
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
