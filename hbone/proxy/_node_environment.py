@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["VARIABLES", "Found", "Variable", "environment_table", "gather"]
 
 _MAX_FILE: Final = 256 * 1024
+_MAX_DEPTH: Final = 32
 
 _BY_NAME: Final = {setting.name: setting for setting in SETTINGS}
 _BY_KEY: Final = {setting.key: setting for setting in SETTINGS}
@@ -246,7 +247,7 @@ class _Fault(Exception):
 
     def __init__(self, what: str, mark: Any) -> None:
         super().__init__(what)
-        self.line = mark.line + 1 if mark is not None else 1
+        self.line = int(mark.line) + 1
 
 
 class Found:
@@ -475,14 +476,15 @@ class Found:
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """The tree of a document. Aliases are refused: a few lines of them make a tree without end."""
+    """The tree of a document. A few lines with aliases make a tree without end; nothing here nests deeply."""
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise _Fault("aliases are not taken here", event.start_mark)
-    try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except RecursionError:
-        raise _Fault("it is nested too deeply", None) from None
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise _Fault("it is nested too deeply", event.start_mark)
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def _line(node: yaml.Node) -> int:
