@@ -230,6 +230,20 @@ class MeshSnapshot:
         choice = self._service_index.by_hostname.get(host_key(hostname))
         return None if choice is None else _meant(choice, client_namespace)
 
+    def services_by_vip(self, network: str, ip: IPAddress) -> tuple[Service, ...]:
+        """All services that have an address, whoever sees them: by VIP, then by range, the longest prefix first."""
+        index = self._service_index
+        address = ip_key(ip)
+        choices = [index.by_vip.get((network, address))]
+        choices += [index.by_cidr.get(key) for key in prefixes(network, address, index.prefix_lengths)]
+        found = {service.key: service for choice in choices if choice is not None for service in choice.services}
+        return tuple(found.values())
+
+    def services_by_hostname(self, hostname: str) -> tuple[Service, ...]:
+        """All services with a host name, whoever sees them, as they were first seen."""
+        choice = self._service_index.by_hostname.get(host_key(hostname))
+        return () if choice is None else choice.services
+
     # ------------------------------------------------------------------------------------------------------ endpoints
 
     def endpoints(self, service: Service | NamespacedHostname) -> Mapping[str, ServiceEndpoint]:

@@ -285,6 +285,24 @@ def test_which_service_a_client_means_by_a_host_name(
     assert (None if found is None else found.namespace) == (None if meant is None else meant.partition("/")[0])
 
 
+def test_all_services_with_an_address_or_a_name_whoever_sees_them() -> None:
+    snapshot = MeshSnapshot.build(
+        services=[
+            service("n1/a", "/10.96.0.0/16", **PRIVATE),
+            service("n2/a", "/10.96.0.0/24", "/10.96.0.1"),
+            service("n3/a", "/10.96.0.1", **PRIVATE),
+            service("n4/b", "remote/10.96.0.1"),
+        ]
+    )
+    found = snapshot.services_by_vip("", ip_address("10.96.0.1"))
+    assert [each.namespace for each in found] == ["n2", "n3", "n1"]
+    assert [each.namespace for each in snapshot.services_by_vip("", ip_address("10.96.1.1"))] == ["n1"]
+    assert snapshot.services_by_vip("remote", ip_address("10.96.1.1")) == ()
+    host = snapshot.services[name("n1/a")].hostname
+    assert [each.namespace for each in snapshot.services_by_hostname(host.upper())] == ["n1", "n2", "n3"]
+    assert snapshot.services_by_hostname("nobody") == ()
+
+
 def test_ranges_of_ipv6() -> None:
     snapshot = MeshSnapshot.build(
         services=[service("n1/a", "/2001:db8::/32"), service("n1/b", "/2001:db8:1::/48"), service("n1/c", "/::/0")]
