@@ -2,7 +2,7 @@
 
 from hbone.routing._balance import Rank, rank
 from hbone.routing._explain import InboundExplanation, OutboundExplanation, explain_inbound, explain_outbound
-from hbone.routing._inbound import route_inbound
+from hbone.routing._inbound import destination_service, route_inbound
 from hbone.routing._outbound import route_outbound
 from hbone.routing._router import Router
 from hbone.routing._values import (
@@ -31,6 +31,7 @@ __all__ = [
     "RouteType",
     "Router",
     "RoutingConfig",
+    "destination_service",
     "explain_inbound",
     "explain_outbound",
     "rank",

@@ -10,17 +10,17 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Final
 
 from hbone.address import Endpoint
-from hbone.mesh import ApplicationTunnelProtocol, NetworkAddress
+from hbone.mesh import ApplicationTunnelProtocol, NetworkAddress, Workload
 from hbone.routing._values import InboundRoute, NoInboundRoute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hbone.address import Authority, IPAddress
-    from hbone.mesh import GatewayAddress, MeshSnapshot, Service, Workload
+    from hbone.mesh import GatewayAddress, MeshSnapshot, Service
     from hbone.routing._values import Note, RoutingConfig
 
-__all__ = ["route_inbound"]
+__all__ = ["destination_service", "route_inbound"]
 
 _BAD_REQUEST: Final = 400
 _UNAVAILABLE: Final = 503
@@ -56,8 +56,7 @@ def route_inbound(
             return refusal
         port, service = authority.port, None
     else:
-        # Not the client's namespace but ours decides which service is meant: it says so in our name.
-        service = snapshot.service_by_hostname(authority.host, workload.namespace)
+        service = _named(snapshot, authority.host, workload)
         if service is None:
             return NoInboundRoute(status=_UNAVAILABLE, reason=f"unknown hostname: {authority.host}")
         found = _target_port(snapshot, service, workload, authority.port)
@@ -141,17 +140,17 @@ def _check(
 def _is_waypoint_for(
     snapshot: MeshSnapshot, config: RoutingConfig, workload: Workload, dialled: Endpoint, ip: IPAddress
 ) -> bool:
-    guarded: Workload | Service | None = snapshot.workload_by_address(config.network, ip)
-    if guarded is None:
-        guarded = snapshot.service_by_vip(config.network, ip, workload.namespace)
-    if guarded is None:
-        return False
-    return any(_resolves_to(snapshot, each, guarded, workload, dialled) for each in _waypoints(guarded))
+    owner = snapshot.workload_by_address(config.network, ip)
+    # The peer has seen the service that it means; we do not know its namespace, so any of them will do.
+    guarded = (owner,) if owner is not None else snapshot.services_by_vip(config.network, ip)
+    return any(
+        _resolves_to(snapshot, gateway, each, workload, dialled) for each in guarded for gateway in _waypoints(each)
+    )
 
 
 def _waypoints(guarded: Workload | Service) -> tuple[GatewayAddress, ...]:
+    weighted = () if isinstance(guarded, Workload) else guarded.weighted_waypoints
     own = () if guarded.waypoint is None else (guarded.waypoint,)
-    weighted = getattr(guarded, "weighted_waypoints", ())
     return (*own, *(each.destination for each in weighted))
 
 
@@ -185,12 +184,33 @@ def _target_port(snapshot: MeshSnapshot, service: Service, workload: Workload, p
     return _ports(snapshot, service, workload).get(port) or service.ports.get(port) or None
 
 
+def _named(snapshot: MeshSnapshot, hostname: str, workload: Workload) -> Service | None:
+    """Of the services with a name, the one of our namespace: the peer's is not known."""
+    services = snapshot.services_by_hostname(hostname)
+    return min(services, key=lambda each: (each.namespace != workload.namespace, not each.canonical), default=None)
+
+
+def destination_service(
+    snapshot: MeshSnapshot, workload: Workload, port: int, forwarded_host: str | None = None
+) -> Service | None:
+    """Which of its services a connection to a workload was probably meant for; None when it cannot be told.
+
+    Args:
+        snapshot: the mesh.
+        workload: where the connection ends.
+        port: of the workload.
+        forwarded_host: what the peer says; it counts if the workload is an endpoint of such a service.
+    """
+    return _meant(snapshot, snapshot.services_of(workload), workload, port, forwarded_host)
+
+
 def _meant(
     snapshot: MeshSnapshot, services: tuple[Service, ...], workload: Workload, port: int, forwarded_host: str | None
 ) -> Service | None:
     if forwarded_host:
+        hostname = forwarded_host.lower()
         for service in services:
-            if service.hostname == forwarded_host:
+            if service.hostname.lower() == hostname:
                 return service
     for service in services:
         if port in service.ports.values() or port in _ports(snapshot, service, workload).values():

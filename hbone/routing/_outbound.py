@@ -684,15 +684,12 @@ def _note_address(asking: Asking, ip: IPAddress, owner: Workload | None, service
 def _note_other_services(asking: Asking, ip: IPAddress, chosen: Service | None) -> None:
     note, namespace = asking.note, asking.source.namespace
     assert note is not None
-    networks = {asking.config.network, asking.source.network}
-    for service in asking.snapshot.services.values():
-        exact = any(vip.ip == ip and vip.network in networks for vip in service.vips)
-        ranged = any(ip in each.cidr and each.network in networks for each in service.cidr_vips)
-        if service is chosen or not (exact or ranged):
-            continue
+    networks = dict.fromkeys((asking.config.network, asking.source.network))
+    found = {each.key: each for network in networks for each in asking.snapshot.services_by_vip(network, ip)}
+    for service in found.values():
         if service.visibility is Visibility.NAMESPACE and service.namespace != namespace:
             note(f"{service.key} has that address too, but only clients of its own namespace see it")
-        elif chosen is not None:
+        elif chosen is not None and service is not chosen:
             note(f"{service.key} has that address too, but {_why_first(chosen, namespace)}")
 
 
