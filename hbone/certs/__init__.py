@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hbone.certs._describe import CertificateFacts, describe
+from hbone.certs._dump import dump_certificates
 from hbone.certs._files import FileSvidSource
 from hbone.certs._local_ca import CaSvidSource, LocalCA, SvidFiles, write_svid
 from hbone.certs._manager import SvidManager, SvidState, SvidStatus, local_ca_issuer
@@ -23,4 +24,5 @@ __all__ = [
     # what a certificate says
     "CertificateFacts",
     "describe",
+    "dump_certificates",
 ]
