@@ -232,7 +232,7 @@ class HBONEServer:
         self._room = trio.Event()
         self._listening: set[trio.CancelScope] = set()
         self._draining = False
-        self._no_sessions = trio.Event()
+        self._nobody = trio.Event()
         self._accepted = self._failed = self._evicted = 0
         self._told = -math.inf
         self._untold = 0
@@ -328,9 +328,9 @@ class HBONEServer:
         for session in self.sessions:
             session.begin_drain()
         with trio.move_on_after(deadline):
-            while self._sessions:
-                self._no_sessions = trio.Event()
-                await self._no_sessions.wait()
+            while self._sessions or self._half_open:
+                self._nobody = trio.Event()
+                await self._nobody.wait()
         async with trio.open_nursery() as nursery:
             for session in self.sessions:
                 nursery.start_soon(session.aclose)
@@ -367,11 +367,18 @@ class HBONEServer:
     def _begin_half_open(self) -> trio.CancelScope:
         scope = trio.CancelScope()
         self._half_open[scope] = trio.current_time()
+        if self._draining:  # it was accepted in the very moment in which that began
+            scope.cancel()
         return scope
 
     def _end_half_open(self, scope: trio.CancelScope) -> None:
         self._half_open.pop(scope, None)
         self._room.set()
+        self._look_for_nobody()
+
+    def _look_for_nobody(self) -> None:
+        if not self._sessions and not self._half_open:
+            self._nobody.set()
 
     async def _serve_socket(self, sock: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope) -> None:
         try:
@@ -417,12 +424,13 @@ class HBONEServer:
         if session is None:
             return
         self._sessions.add(session)
+        if self._draining:  # its handshake ended in the very moment in which that began, too late to be cancelled
+            session.begin_drain()
         try:
             await session.run()
         finally:
             self._sessions.discard(session)
-            if not self._sessions:
-                self._no_sessions.set()
+            self._look_for_nobody()
 
     async def _open(
         self, carrier: Carrier, sock: socket.socket | None, nursery: trio.Nursery, scope: trio.CancelScope

@@ -191,6 +191,7 @@ class Session:
                 try:
                     nursery.start_soon(self._keep_alive)
                     self.flush()
+                    self._maybe_say_goodbye()  # a server that drains may have told it so before it ran
                     task_status.started(self)
                     await self._read()
                 finally:

@@ -405,6 +405,56 @@ async def test_a_server_that_drained_does_not_serve() -> None:
         await server.serve("127.0.0.1", 0)
 
 
+async def test_a_handshake_that_ends_as_a_drain_begins_is_a_session_that_drains(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drain cancels the handshake, but it is over: there is a session, and the peer must be told to go."""
+    server = HBONEServer(server_svid(), lambda request: trio.sleep(0))
+    drained = trio.Event()
+
+    async def drain() -> None:
+        await server.drain(1000)
+        drained.set()
+
+    shake_hands = _server.shake_hands
+
+    async def shake_hands_and_drain(*args: Any, **options: Any) -> Any:
+        result = await shake_hands(*args, **options)
+        with trio.CancelScope(shield=True):
+            nursery.start_soon(drain)
+            await trio.testing.wait_all_tasks_blocked()
+        assert not drained.is_set()
+        return result
+
+    monkeypatch.setattr(_server, "shake_hands", shake_hands_and_drain)
+    near, far = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_stream, far)
+        async with HBONEClient.over_stream(near, svid=client_svid()) as client:
+            with pytest.raises(StreamRefused):
+                await client.open_tunnel(TARGET)
+            await drained.wait()
+    assert trio.current_time() < 10
+    assert server.statistics() == _server.ServerStatistics(
+        sessions=0, tunnels=0, half_open=0, accepted=1, failed=0, evicted=0
+    )
+
+
+async def test_a_connection_that_comes_after_the_drain_has_begun_is_closed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """One that was in the listener's queue. It says nothing, and holds nobody up."""
+    server = HBONEServer(server_svid(), lambda request: trio.sleep(0))
+    near, far = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        await server.drain(1000)
+        nursery.start_soon(server.serve_stream, far)
+        assert await near.receive_some() == b""
+        await server.drain(1000)
+    assert trio.current_time() == 0
+    assert (server.statistics().half_open, server.statistics().failed) == (0, 1)
+
+
 async def test_a_port_that_is_taken() -> None:
     server = HBONEServer(server_svid(), lambda request: trio.sleep(0))
     with listen_tcp("127.0.0.1", 0) as taken, pytest.raises(OSError, match=r".+"):
