@@ -466,7 +466,7 @@ def test_what_did_not_change_is_the_same_object() -> None:
         ({"remove_policies": ["shop/deny"]}, "policies"),
     ]
     for changes, what in cases:
-        changed = snapshot.with_changes(**changes)  # type: ignore[arg-type]
+        changed = snapshot.with_changes(**changes)
         assert changed is not snapshot
         assert changed.memo == {}
         for each in ("workloads", "services", "policies"):
@@ -616,7 +616,7 @@ def test_a_change_takes_no_more_steps_in_a_large_mesh() -> None:
             {"upsert": [policy("shop/deny")]},
             {"remove_workloads": [one.uid]},
         ]
-        return [steps(lambda change=change: snapshot.with_changes(**change)) for change in changes]  # type: ignore[misc]
+        return [steps(lambda change=change: snapshot.with_changes(**change)) for change in changes]
 
     small, big = costs(large(100, 20)), costs(large(4_000, 20))
     assert small == big
