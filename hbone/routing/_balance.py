@@ -13,17 +13,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, assert_never
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final
 
-from hbone.mesh import LoadBalancerMode, RoutingPreference
+from hbone.mesh import LoadBalancerMode, NamespacedHostname, RoutingPreference
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from hbone.mesh import MeshSnapshot, Service, ServiceEndpoint, Workload
     from hbone.routing._values import Note
 
-__all__ = ["Candidates", "Rank", "Weights", "candidates", "is_passthrough", "port_of", "rank"]
+__all__ = ["Candidates", "KeptCandidates", "Rank", "Weights", "candidates", "is_passthrough", "port_of", "rank"]
 
 _SPOKEN = 16
 """Endpoints that a note names one by one."""
@@ -93,10 +94,14 @@ def rank(preferences: tuple[RoutingPreference, ...], client: Workload, workload:
     The first preference that does not hold ends it. A leading NETWORK is special: every endpoint of the client's own
     network is nearer than any of another, and those of other networks are still told apart by the preferences after it.
     """
+    return _rank(preferences, _traits(preferences)(client), _traits(preferences)(workload))
+
+
+def _rank(preferences: tuple[RoutingPreference, ...], wanted: tuple[str, ...], found: tuple[str, ...]) -> Rank:
     matched = bonus = 0
     for position, preference in enumerate(preferences):
         leading_network = position == 0 and preference is RoutingPreference.NETWORK
-        if _in_common(preference, client, workload):
+        if wanted[position] == found[position]:
             matched += 1
             bonus = len(preferences) - 1 if leading_network else bonus
         elif not leading_network:
@@ -104,21 +109,22 @@ def rank(preferences: tuple[RoutingPreference, ...], client: Workload, workload:
     return Rank(matched, matched + bonus)
 
 
-def _in_common(preference: RoutingPreference, client: Workload, workload: Workload) -> bool:
-    match preference:
-        case RoutingPreference.NETWORK:
-            return client.network == workload.network
-        case RoutingPreference.REGION:
-            return client.locality.region == workload.locality.region
-        case RoutingPreference.ZONE:
-            return client.locality.zone == workload.locality.zone
-        case RoutingPreference.SUBZONE:
-            return client.locality.subzone == workload.locality.subzone
-        case RoutingPreference.NODE:
-            return client.node == workload.node
-        case RoutingPreference.CLUSTER:
-            return client.cluster_id == workload.cluster_id
-    assert_never(preference)
+_TRAIT: Final = {
+    RoutingPreference.NETWORK: "network",
+    RoutingPreference.REGION: "locality.region",
+    RoutingPreference.ZONE: "locality.zone",
+    RoutingPreference.SUBZONE: "locality.subzone",
+    RoutingPreference.NODE: "node",
+    RoutingPreference.CLUSTER: "cluster_id",
+}
+
+
+def _traits(preferences: tuple[RoutingPreference, ...]) -> Callable[[Workload], tuple[str, ...]]:
+    """Takes from a workload what its rank depends on."""
+    names = [_TRAIT[preference] for preference in preferences]
+    if len(names) < 2:  # an attrgetter of one name gives no tuple
+        return lambda workload: tuple(attrgetter(name)(workload) for name in names)
+    return attrgetter(*names)
 
 
 def port_of(service: Service, endpoint: ServiceEndpoint, workload: Workload, port: int) -> int | None:
@@ -191,7 +197,7 @@ def _usable(
             continue
         if not workload.addresses and not _reachable_without_address(workload, network):
             continue
-        if named and not _has_port(service, endpoint, workload, port, waypoint):
+        if named and port not in endpoint.ports and not (waypoint and _has_port(service, endpoint, workload, port)):
             continue
         found.append((endpoint, workload))
     return found
@@ -202,9 +208,8 @@ def _reachable_without_address(workload: Workload, network: str) -> bool:
     return bool(workload.hostname) or (workload.network != network and workload.network_gateway is not None)
 
 
-def _has_port(service: Service, endpoint: ServiceEndpoint, workload: Workload, port: int, waypoint: bool) -> bool:
-    if not waypoint:
-        return port in endpoint.ports
+def _has_port(service: Service, endpoint: ServiceEndpoint, workload: Workload, port: int) -> bool:
+    """Whether an endpoint without this port serves it as a waypoint."""
     if port not in service.ports and workload.application_tunnel is None:
         return False
     return port_of(service, endpoint, workload, port) is not None
@@ -219,13 +224,62 @@ def _nearest(
     balancer = service.load_balancer
     assert balancer is not None
     preferences = balancer.preferences
-    ranked = [(rank(preferences, client, each[1]), each) for each in found]
+    traits = _traits(preferences)
+    wanted = traits(client)
+    # Thousands of endpoints are in a handful of places.
+    places = [traits(workload) for _, workload in found]
+    ranks = {place: _rank(preferences, wanted, place) for place in set(places)}
+    ranked = list(zip(map(ranks.__getitem__, places), found, strict=True))
     if note is not None:
         _note_ranks(service, ranked, note)
     if balancer.mode is LoadBalancerMode.STRICT:
         return [each for one, each in ranked if one.matched == len(preferences)]
     best = max((one.value for one, _ in ranked), default=0)
     return [each for one, each in ranked if one.value == best]
+
+
+class KeptCandidates:
+    """Candidates of clients that are alike, found once for each snapshot, or taken over from the one before."""
+
+    __slots__ = ("_found",)
+
+    def __init__(self) -> None:
+        self._found: dict[
+            tuple[NamespacedHostname, int, bool], tuple[Service, Mapping[str, ServiceEndpoint], Candidates]
+        ] = {}
+
+    def find(
+        self, snapshot: MeshSnapshot, client: Workload, service: Service, port: int, *, waypoint: bool
+    ) -> Candidates:
+        """What `candidates` answers."""
+        key = (service.key, port, waypoint)
+        known = self._found.get(key)
+        if known is not None:
+            return known[2]
+        found = candidates(snapshot, client, service, port, waypoint=waypoint)
+        self._found[key] = (service, snapshot.endpoints(service), found)
+        return found
+
+    def still_true(self, snapshot: MeshSnapshot) -> KeptCandidates:
+        """Those of a snapshot before that hold for this one too.
+
+        A service's endpoints are the same object as long as neither the service nor a workload that names it changes.
+        Of endpoints that are written at the service, the workload may change alone.
+        """
+        kept = KeptCandidates()
+        kept._found = {
+            key: (service, endpoints, found)
+            for key, (service, endpoints, found) in self._found.items()
+            if not service.endpoints and snapshot.service(key[0]) is service and snapshot.endpoints(key[0]) is endpoints
+        }
+        return kept
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._found.clear()
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 # ------------------------------------------------------------------------------------------------------------- in words

@@ -71,7 +71,7 @@ def explain_outbound(
     asking = Asking(snapshot=snapshot, config=config, source=source, note=steps.append)
     plan = plan_outbound(asking, target)
     while isinstance(plan, Fork):
-        shares = plan.shares(asking, source_ip)
+        shares = plan.shares(asking.source, source_ip)
         index = shares.index(max(shares))
         plan.tell(asking, source_ip, index, steps.append)
         plan = plan.branch(asking, index)
@@ -88,7 +88,7 @@ def _collect(
             share * each
             if len(found) >= limit
             else _collect(asking, source_ip, plan.branch(asking, index), share * each, found, limit)
-            for index, each in enumerate(plan.shares(asking, source_ip))
+            for index, each in enumerate(plan.shares(asking.source, source_ip))
             if each
         )
     for index, (known_share, known) in enumerate(found):

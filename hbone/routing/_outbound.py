@@ -21,7 +21,7 @@ from hbone.address import Authority, Endpoint
 from hbone.errors import InvalidAddress, InvalidIdentity
 from hbone.identity import SpiffeIdentity
 from hbone.mesh import IpFamilies, NetworkAddress, TunnelProtocol, Visibility
-from hbone.routing._balance import Candidates, Weights, candidates, is_passthrough, port_of
+from hbone.routing._balance import Weights, candidates, is_passthrough, port_of
 from hbone.routing._values import NoOutboundRoute, OutboundProtocol, OutboundRoute, RouteType
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from hbone.address import IPAddress
     from hbone.mesh import GatewayAddress, MeshSnapshot, Service, ServiceEndpoint, WeightedGateway, Workload
+    from hbone.routing._balance import KeptCandidates
     from hbone.routing._values import Note, RoutingConfig
 
 __all__ = ["Asking", "Choice", "Fork", "FromWaypoint", "Plan", "in_words", "plan_outbound", "route_outbound"]
@@ -44,23 +45,24 @@ class Asking:
     config: RoutingConfig
     source: Workload
     note: Note | None = None
-    kept: dict[object, Candidates] | None = None
-    """Candidates that were found before for the same snapshot and a client like this one."""
+    kept: KeptCandidates | None = None
+    """Candidates that were found before for a client like this one."""
 
 
 class Fork:
     """Where the way of a connection divides."""
 
-    __slots__ = ("_branches",)
+    __slots__ = ("branches",)
 
     def __init__(self, count: int) -> None:
-        self._branches: list[Plan | None] = [None] * count
+        self.branches: list[Plan | None] = [None] * count
+        """What is behind each branch; None as long as nobody went there."""
 
-    def choose(self, asking: Asking, source_ip: IPAddress | None, random: Callable[[], float]) -> int:
+    def choose(self, source: Workload, source_ip: IPAddress | None, random: Callable[[], float]) -> int:
         """Which branch a connection takes."""
         raise NotImplementedError
 
-    def shares(self, asking: Asking, source_ip: IPAddress | None) -> list[float]:
+    def shares(self, source: Workload, source_ip: IPAddress | None) -> list[float]:
         """How likely each branch is."""
         raise NotImplementedError
 
@@ -70,16 +72,16 @@ class Fork:
 
     def branch(self, asking: Asking, index: int) -> Plan:
         """What is behind a branch."""
-        found = self._branches[index]
+        found = self.branches[index]
         if found is None:
-            found = self._branches[index] = self._follow(asking, index)
+            found = self.branches[index] = self._follow(asking, index)
         return found
 
     def _follow(self, asking: Asking, index: int) -> Plan:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return len(self._branches)
+        return len(self.branches)
 
 
 Plan: TypeAlias = OutboundRoute | NoOutboundRoute | Fork
@@ -103,10 +105,10 @@ class Choice(Fork, Generic[_Option]):
         self._behind = behind
         self._name = name
 
-    def choose(self, asking: Asking, source_ip: IPAddress | None, random: Callable[[], float]) -> int:
+    def choose(self, source: Workload, source_ip: IPAddress | None, random: Callable[[], float]) -> int:
         return self._weights.draw(random()) if len(self._options) > 1 else 0
 
-    def shares(self, asking: Asking, source_ip: IPAddress | None) -> list[float]:
+    def shares(self, source: Workload, source_ip: IPAddress | None) -> list[float]:
         return [self._weights.share(index) for index in range(len(self))]
 
     def tell(self, asking: Asking, source_ip: IPAddress | None, index: int, note: Note) -> None:
@@ -136,12 +138,12 @@ class FromWaypoint(Fork):
         self._inside = inside
         self._outside = outside
 
-    def choose(self, asking: Asking, source_ip: IPAddress | None, random: Callable[[], float]) -> int:
-        identity = _identity(asking.source)
+    def choose(self, source: Workload, source_ip: IPAddress | None, random: Callable[[], float]) -> int:
+        identity = _identity(source)
         return 0 if identity is not None and source_ip in self._waypoints.get(identity, ()) else 1
 
-    def shares(self, asking: Asking, source_ip: IPAddress | None) -> list[float]:
-        index = self.choose(asking, source_ip, float)
+    def shares(self, source: Workload, source_ip: IPAddress | None) -> list[float]:
+        index = self.choose(source, source_ip, float)
         return [1.0 - index, float(index)]
 
     def tell(self, asking: Asking, source_ip: IPAddress | None, index: int, note: Note) -> None:
@@ -203,7 +205,7 @@ def route_outbound(
     asking = Asking(snapshot=snapshot, config=config, source=source, note=note)
     plan = plan_outbound(asking, target)
     while isinstance(plan, Fork):
-        index = plan.choose(asking, source_ip, random)
+        index = plan.choose(source, source_ip, random)
         if note is not None:
             plan.tell(asking, source_ip, index, note)
         plan = plan.branch(asking, index)
@@ -325,12 +327,10 @@ def _balanced(
     waypoint: bool = False,
 ) -> Plan | None:
     """A choice among the endpoints of a service; None when it has none that can be used."""
-    key = (service.key, port, waypoint)
-    found = None if asking.kept is None else asking.kept.get(key)
-    if found is None:
+    if asking.kept is not None:
+        found = asking.kept.find(asking.snapshot, asking.source, service, port, waypoint=waypoint)
+    else:
         found = candidates(asking.snapshot, asking.source, service, port, waypoint=waypoint, note=asking.note)
-        if asking.kept is not None:
-            asking.kept[key] = found
     if found.weights is None:
         return None
     behind = partial(_behind_endpoint, service=service, port=port, ip=ip, then=then)

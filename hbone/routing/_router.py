@@ -3,6 +3,9 @@
 What does not change from one connection to the next is worked out once for each snapshot and kept in the snapshot's
 memo, so that it is gone when the snapshot is. Clients that no decision can tell apart (same namespace, network, node,
 cluster and locality) share it. What is left for a connection is two look-ups and a draw.
+
+A mesh changes often and little. The one thing that takes long, to go through all endpoints of a service, is not done
+again for a new snapshot in which they are the same.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from hbone.routing._balance import KeptCandidates
 from hbone.routing._outbound import Asking, Fork, plan_outbound
 
 if TYPE_CHECKING:
@@ -17,7 +21,6 @@ if TYPE_CHECKING:
 
     from hbone.address import Authority, IPAddress
     from hbone.mesh import Locality, MeshSnapshot, Workload
-    from hbone.routing._balance import Candidates
     from hbone.routing._outbound import Plan
     from hbone.routing._values import NoOutboundRoute, OutboundRoute, RoutingConfig
 
@@ -36,7 +39,7 @@ class _Kept:
     """What is kept for clients that are alike."""
 
     plans: dict[Authority, Plan] = field(default_factory=dict)
-    candidates: dict[object, Candidates] = field(default_factory=dict)
+    candidates: KeptCandidates = field(default_factory=KeptCandidates)
 
 
 @dataclass(slots=True)
@@ -68,31 +71,45 @@ class Router:
     def __init__(self, config: RoutingConfig, random: Callable[[], float]) -> None:
         self.config = config
         self._random = random
+        self._latest: dict[_Likeness, KeptCandidates] = {}
+        """Of the snapshot that was asked about last."""
 
     def outbound(
         self, snapshot: MeshSnapshot, source: Workload, source_ip: IPAddress | None, target: Authority
     ) -> OutboundRoute | NoOutboundRoute:
-        """What `route_outbound` answers."""
+        """What `route_outbound` answers. The same route is the same object while the snapshot is the same."""
         memory = snapshot.memo.get(self)
         if not isinstance(memory, _Memory):
-            memory = snapshot.memo[self] = _Memory()
+            memory = snapshot.memo[self] = self._memory(snapshot)
         known = memory.by_uid.get(source.uid)
         kept = known[1] if known is not None and known[0] is source else self._kept(memory, source)
         plan = kept.plans.get(target)
         if plan is None:
             plan = self._plan(memory, kept, snapshot, source, target)
-        if isinstance(plan, Fork):
-            asking = Asking(snapshot=snapshot, config=self.config, source=source, kept=kept.candidates)
-            while isinstance(plan, Fork):
-                plan = plan.branch(asking, plan.choose(asking, source_ip, self._random))
+        while isinstance(plan, Fork):
+            index = plan.choose(source, source_ip, self._random)
+            behind = plan.branches[index]
+            if behind is None:
+                asking = Asking(snapshot=snapshot, config=self.config, source=source, kept=kept.candidates)
+                behind = plan.branch(asking, index)
+            plan = behind
         return plan
 
-    @staticmethod
-    def _kept(memory: _Memory, source: Workload) -> _Kept:
+    def _memory(self, snapshot: MeshSnapshot) -> _Memory:
+        memory = _Memory()
+        for likeness, candidates in self._latest.items():
+            still_true = candidates.still_true(snapshot)
+            if len(still_true):
+                memory.by_likeness[likeness] = _Kept(candidates=still_true)
+        self._latest = {likeness: kept.candidates for likeness, kept in memory.by_likeness.items()}
+        return memory
+
+    def _kept(self, memory: _Memory, source: Workload) -> _Kept:
         likeness = (source.namespace, source.network, source.node, source.cluster_id, source.locality)
         kept = memory.by_likeness.get(likeness)
         if kept is None:
             kept = memory.by_likeness[likeness] = _Kept()
+            self._latest[likeness] = kept.candidates
         memory.by_uid[source.uid] = (source, kept)
         return kept
 
