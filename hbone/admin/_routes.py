@@ -1,15 +1,18 @@
-"""What the admin port of a proxy shows: index, metrics, readiness."""
+"""What the admin port of a proxy shows and does: index, metrics, readiness, log levels, the end."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Protocol
 
-from hbone.admin._server import AdminRequest, AdminResponse, Handler
+from hbone.admin._server import AdminRequest, AdminResponse, Handler, Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["Readiness", "standard_routes"]
+__all__ = ["Levels", "Readiness", "logging_route", "quit_route", "standard_routes"]
+
+_log = logging.getLogger(__name__)
 
 
 class Readiness:
@@ -53,8 +56,8 @@ def standard_routes(
     render_metrics: Callable[[str | None], tuple[str, bytes]],
     readiness: Readiness,
     title: str = "hbone",
-    more: Mapping[str, Handler] | None = None,
-) -> dict[str, Handler]:
+    more: Mapping[str, Handler | Route] | None = None,
+) -> dict[str, Handler | Route]:
     """The routes ``/``, ``/metrics``, ``/stats/prometheus`` and ``/healthz/ready``.
 
     Args:
@@ -69,9 +72,11 @@ def standard_routes(
         return AdminResponse(content_type=content_type, body=body)
 
     def index(_request: AdminRequest) -> AdminResponse:
-        return AdminResponse(body="".join(f"{line}\n" for line in (title, "", *sorted(routes))).encode())
+        return AdminResponse(
+            body="".join(f"{line}\n" for line in (title, "", *map(_shown, sorted(routes.items(), key=_path)))).encode()
+        )
 
-    routes: dict[str, Handler] = {
+    routes: dict[str, Handler | Route] = {
         "/": index,
         "/metrics": metrics,
         "/stats/prometheus": metrics,
@@ -79,3 +84,84 @@ def standard_routes(
         **(more or {}),
     }
     return routes
+
+
+def _path(item: tuple[str, Handler | Route]) -> str:
+    return item[0]
+
+
+def _shown(item: tuple[str, Handler | Route]) -> str:
+    path, route = item
+    return path if not isinstance(route, Route) or "GET" in route.methods else f"{path} ({', '.join(route.methods)})"
+
+
+class Levels(Protocol):
+    """What `logging_route` needs; `hbone.telemetry.LogControl` has it."""
+
+    @property
+    def levels(self) -> object:
+        """What holds now; its text is shown."""
+        raise NotImplementedError
+
+    def add(self, text: str) -> None:
+        """Change what `text` says and keep the rest; a ValueError says what is wrong with it."""
+        raise NotImplementedError
+
+    def reset(self, text: str = "") -> None:
+        """Go back to the levels of the start, then change what `text` says."""
+        raise NotImplementedError
+
+
+_LOGGING_HELP = """
+POST /logging                              the levels of the log
+POST /logging?level=debug                  a level for everything that has none of its own
+POST /logging?level=access=debug,info      levels by scope; access:debug is the same
+POST /logging?reset                        back to the levels of the start
+POST /logging?reset&level=access=debug     the same, then change one
+
+Levels: off, error, warn, info, debug, trace.
+"""
+
+
+def logging_route(levels: Levels) -> Route:
+    """``/logging``: shows the log levels and changes them while the process runs. POST only, as ztunnel has it."""
+
+    def respond(request: AdminRequest) -> AdminResponse:
+        parameters = request.parameters
+        unknown = sorted(parameters.keys() - {"level", "reset"})
+        if unknown:
+            return _bad(f"unknown parameter {unknown[0][:80]!r}")
+        text = ",".join(parameters.get("level", ()))
+        if "level" in parameters and not text.strip(", "):
+            return _bad("level says nothing")
+        try:
+            if "reset" in parameters:
+                levels.reset(text)
+            elif text:
+                levels.add(text)
+        except ValueError as problem:
+            return _bad(str(problem))
+        if parameters:
+            _log.info("log levels changed", extra={"fields": {"levels": str(levels.levels)}})
+        return AdminResponse(body=f"current log level is {levels.levels}\n".encode())
+
+    return Route(handler=respond, methods=("POST",), help=_LOGGING_HELP)
+
+
+def _bad(why: str) -> AdminResponse:
+    return AdminResponse(status=400, body=f"{why}\n{_LOGGING_HELP}".encode())
+
+
+def quit_route(stop: Callable[[], object]) -> Route:
+    """``/quitquitquit``: begins the end of the process, gracefully. POST only.
+
+    Args:
+        stop: begins it and returns at once; called once for each request.
+    """
+
+    def respond(_request: AdminRequest) -> AdminResponse:
+        _log.info("asked to shut down", extra={"fields": {"page": "/quitquitquit"}})
+        stop()
+        return AdminResponse(body=b"shutting down now\n")
+
+    return Route(handler=respond, methods=("POST",), help="POST ends this process after a graceful drain")

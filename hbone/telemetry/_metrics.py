@@ -164,6 +164,7 @@ class Metrics:
         self._refusals: dict[tuple[str, str], int] = {}
         self._verdicts: dict[tuple[str, str], int] = {}
         self._sessions: dict[int, tuple[str, Session]] = {}
+        self._sockets_open: dict[str, int] = {}
         self._sockets: list[tuple[str, Callable[[], int]]] = []
         self._pools: list[Callable[[], PoolStatistics]] = []
         self._pools_gone: dict[str, int] = dict.fromkeys(_POOL_COUNTERS, 0)
@@ -264,6 +265,16 @@ class Metrics:
         key = (role, "none" if status is None else str(status) if status in _STATUSES else OTHER)
         self._refusals[key] = self._refusals.get(key, 0) + 1
 
+    # -- sockets ------------------------------------------------------------------------------------------------------
+
+    def socket_opened(self, reporter: str) -> None:
+        """One more accepted connection; ``source`` or ``destination``."""
+        self._sockets_open[reporter] = self._sockets_open.get(reporter, 0) + 1
+
+    def socket_closed(self, reporter: str) -> None:
+        """One accepted connection less."""
+        self._sockets_open[reporter] = self._sockets_open.get(reporter, 0) - 1
+
     # -- policy -------------------------------------------------------------------------------------------------------
 
     def policy_verdict(self, verdict: str, *, dry_run: bool = False) -> None:
@@ -279,7 +290,7 @@ class Metrics:
     # -- others' numbers; asked at each scrape ------------------------------------------------------------------------
 
     def add_sockets(self, reporter: str, read: Callable[[], int]) -> None:
-        """A listener's part of ``istio_tcp_sockets_open``.
+        """A listener's part of ``istio_tcp_sockets_open``, for one that counts its connections itself.
 
         Args:
             reporter: ``source`` or ``destination``.
@@ -366,7 +377,7 @@ class Metrics:
         yield build
         yield from self._collect_tcp()
         sockets = Family("istio_tcp_sockets_open", "gauge", "The current number of open TCP sockets (unstable).")
-        open_now: dict[str, int] = {}
+        open_now = self._sockets_open.copy()
         for reporter, read in self._sockets:
             open_now[reporter] = open_now.get(reporter, 0) + read()
         for reporter, number in open_now.items():
