@@ -316,6 +316,16 @@ class SvidManager:
             self._hurry(entry)
             await entry.changed.wait()
 
+    def renew(self, identity: SpiffeIdentity) -> None:
+        """Ask for a new SVID now, because there is a reason to think that another one is to be had: files changed.
+
+        The one in use stays until the new one is there. Does nothing for one that is not wanted.
+        """
+        entry = self._entries.get(identity)
+        if entry is not None and entry.fetching is None:
+            urgency = _Urgency.NEW if entry.usable(self._now()) is None else _Urgency.RENEWAL
+            self._schedule(entry, urgency, self._now())
+
     def states(self) -> tuple[SvidStatus, ...]:
         """Each identity, in the order in which they were first wanted."""
         now = self._now()
