@@ -25,6 +25,7 @@ __all__ = [
     "InvalidAddress",
     "InvalidCertificate",
     "InvalidIdentity",
+    "ListenFailed",
     "LocalProtocolError",
     "NoRoute",
     "PeerIdentityMismatch",
@@ -236,3 +237,59 @@ class ConfigError(HboneError, ValueError):
     def __init__(self, faults: Iterable[ConfigFault]) -> None:
         self.faults: tuple[ConfigFault, ...] = tuple(faults)
         super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshFault:
+    """One thing that is wrong in a mesh file. As text: ``mesh.yaml:12:5: workloads[3].node: expected ...``.
+
+    Attributes:
+        source: the file, or what stands for one.
+        line: from 1; 0 when it is about the file as a whole.
+        column: from 1, in characters; 0 when it is about the file as a whole.
+        path: where in the mesh: ``workloads[3].workloadIps[0]``; empty for the whole.
+        message: what is wrong, and what was expected.
+    """
+
+    source: str
+    line: int = 0
+    column: int = 0
+    path: str = ""
+    message: str
+
+    def __str__(self) -> str:
+        place = f":{self.line}:{self.column}" if self.line else ""
+        path = f"{self.path}: " if self.path else ""
+        return f"{self.source}{place}: {path}{self.message}"
+
+
+class MeshConfigError(HboneError, ValueError):
+    """A mesh file cannot be used. The message is every fault, a line each.
+
+    Attributes:
+        faults: all of them, in the order of the file; at least one.
+        source: the file of the first one.
+        path: where in the mesh the first one is; empty for the whole file.
+        line: the line of the first one; 0 for the whole file.
+    """
+
+    def __init__(self, faults: Iterable[MeshFault]) -> None:
+        self.faults: tuple[MeshFault, ...] = tuple(faults)
+        if not self.faults:
+            raise ValueError("an error about a mesh file needs a fault")
+        first = self.faults[0]
+        self.source, self.path, self.line = first.source, first.path, first.line
+        super().__init__("\n".join(map(str, self.faults)))
+
+
+class ListenFailed(HboneError):
+    """Addresses that cannot be listened on: all of them, at once.
+
+    Attributes:
+        problems: for each of them what for, the address, and the `OSError`.
+    """
+
+    def __init__(self, problems: Iterable[tuple[str, str, OSError]]) -> None:
+        self.problems: tuple[tuple[str, str, OSError], ...] = tuple(problems)
+        lines = (f"{what} cannot listen on {where}: {why.strerror or why}" for what, where, why in self.problems)
+        super().__init__("\n".join(lines))
