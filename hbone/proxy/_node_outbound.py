@@ -369,7 +369,8 @@ class NodeOutbound:
             facts = self._facts[id(route)] = _Facts(source, route)
         connection.route, connection.facts = route, facts
         if _log.isEnabledFor(logging.INFO):
-            _log.info("proxy to %s", route)
+            wrapping, kind = route.protocol.value, route.type.value
+            _log.info("proxy to %s using %s via %s type %s", connection.original, wrapping, route.next_hop, kind)
 
     async def _connect(
         self, connection: OutboundConnection, source: Workload, route: OutboundRoute, stack: AsyncExitStack
