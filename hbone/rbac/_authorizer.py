@@ -26,7 +26,7 @@ _NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
 
 _CHUNK: Final = 2000
 _MAX_REMEMBERED: Final = 4096
-"""Kinds of workload, by namespace and named policies; more than a node has."""
+"""Workloads that are asked about; more than a node has."""
 
 
 class Authorizer:
@@ -114,7 +114,8 @@ class _Prepared:
         """Policies by the namespace that they are in force for; None: for all."""
         self._indexes: dict[str | None, PolicyIndex] = {}
         self._selected: dict[tuple[str, ...], PolicyIndex] = {}
-        self._parts: dict[tuple[str, tuple[str, ...]], tuple[PolicyIndex, ...]] = {}
+        self._parts: dict[str, tuple[Workload, tuple[PolicyIndex, ...]]] = {}
+        """By uid. To look up by what decides, the named policies, takes long for many of them."""
         self._indexes_before = dict(indexes)
         self._selected_before = dict(selected)
 
@@ -123,7 +124,9 @@ class _Prepared:
         return _Prepared(policies, self._indexes, self._selected)
 
     def known(self, workload: Workload) -> tuple[PolicyIndex, ...] | None:
-        return self._parts.get((workload.namespace, workload.authorization_policies))
+        known = self._parts.get(workload.uid)
+        # The same uid may be another workload by now.
+        return known[1] if known is not None and known[0] is workload else None
 
     def everything(self) -> Iterator[None]:
         grouped = yield from self._grouped()
@@ -160,7 +163,8 @@ class _Prepared:
             found.append(self._selected[keys])
         if len(self._parts) >= _MAX_REMEMBERED:
             self._parts.clear()
-        parts = self._parts[workload.namespace, workload.authorization_policies] = tuple(found)
+        parts = tuple(found)
+        self._parts[workload.uid] = workload, parts
         return parts
 
     def _index(self, namespace: str | None) -> Generator[None, None, PolicyIndex | None]:

@@ -23,15 +23,18 @@ settled when the index is made.
 
 from __future__ import annotations
 
+import sys
 from array import array
+from itertools import compress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 from hbone.mesh import Action, StringMatchKind
-from hbone.rbac._evaluate import canonical_network, is_void, source_of
+from hbone.rbac._evaluate import canonical_network, source_of
 from hbone.rbac._values import DryRunMatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from ipaddress import IPv4Network, IPv6Network
 
     from hbone.mesh import AuthorizationPolicy, Clause, Match, Rule, StringMatch
@@ -45,6 +48,8 @@ Facts: TypeAlias = tuple[Any, ...]
 # Between two chances to pause: about a millisecond.
 _CHUNK: Final = 200
 _ROW_CHUNK: Final = 5000
+
+_ROW_PER_PACKED: Final = 16
 
 
 def facts_of(flow: Flow) -> Facts:
@@ -68,7 +73,7 @@ def _row(positions: Iterable[int], size: int) -> int:
     return int.from_bytes(row, "little")
 
 
-def _row_in_steps(positions: list[int], size: int) -> Generator[None, None, int]:
+def _row_in_steps(positions: Sequence[int], size: int) -> Generator[None, None, int]:
     """`_row` for many."""
     row = 0
     for start in range(0, len(positions), _ROW_CHUNK):
@@ -77,17 +82,39 @@ def _row_in_steps(positions: list[int], size: int) -> Generator[None, None, int]
     return row
 
 
+def _row_of_all(positions: list[int], size: int) -> Generator[None, None, int]:
+    """`_row_in_steps` of a list that is not needed after that: to free a long one at once takes long, too."""
+    row = 0
+    while positions:
+        row |= _row(positions[-_ROW_CHUNK:], size)
+        del positions[-_ROW_CHUNK:]
+        yield
+    return row
+
+
+_BYTES: Final = array("I").itemsize
+
+
+def _packed(position: int) -> bytes:
+    return position.to_bytes(_BYTES, sys.byteorder)
+
+
+def _unpacked(positions: bytes | bytearray) -> memoryview:
+    return memoryview(positions).cast("I")
+
+
 class _Postings:
     """Positions by value, compact: where there are many as a row of bits, else as a packed array.
 
-    A row costs memory whatever is in it, an array costs time for each position: a row from 1/64 of its bytes on keeps
-    both within bounds, since positions of all values together are as many as policies have values.
+    A row costs memory whatever is in it, an array costs time for each position. Rows only where the array would have a
+    sixteenth of its size keep both within bounds: there are no more positions in all than policies have values.
     """
 
     __slots__ = ("_found", "_size")
 
     def __init__(self) -> None:
-        # While it grows: a position or a list of them. Then what `get` returns.
+        # While it grows: a position or packed positions, but no lists: so many would make the garbage collector run
+        # over everything there is. Then what `get` returns.
         self._found: dict[Any, Any] = {}
         self._size = 0
 
@@ -96,22 +123,21 @@ class _Postings:
         if found == position:
             return
         if isinstance(found, int):
-            self._found[value] = [found, position]
-        else:
-            found.append(position)
+            self._found[value] = found = bytearray(_packed(found))
+        found += _packed(position)
 
     def finish(self, size: int) -> Iterator[None]:
         """From what is easy to add to, to what is quick to ask."""
         self._size = size
         found = self._found
         work = 0
-        for value, positions in found.items():
-            listed = [positions] if isinstance(positions, int) else positions
-            if len(listed) * 64 >= size:
-                found[value] = yield from _row_in_steps(listed, size)
+        for value, grown in found.items():
+            packed = _packed(grown) if isinstance(grown, int) else grown
+            if len(packed) * _ROW_PER_PACKED >= size:
+                found[value] = yield from _row_in_steps(_unpacked(packed), size)
             else:
-                found[value] = array("I", listed).tobytes()
-                work += 4 + len(listed)
+                found[value] = bytes(packed)
+                work += 10
                 if work >= _ROW_CHUNK:
                     work = 0
                     yield
@@ -124,15 +150,15 @@ class _Postings:
     def merge(self, hits: Iterable[int | bytes]) -> int:
         """One row of what several values have hit."""
         row = 0
-        sparse = b""
+        packed = b""
         for hit in hits:
             if isinstance(hit, int):
                 row |= hit
             else:
-                sparse += hit
-        if not sparse:
+                packed += hit
+        if not packed:
             return row
-        positions = memoryview(sparse).cast("I")
+        positions = _unpacked(packed)
         if len(positions) > 2:
             return row | _row(positions, self._size)
         for position in positions:
@@ -174,17 +200,17 @@ class _Texts:
         self._suffix_lengths: set[int] = set()
 
     def add(self, pattern: StringMatch, position: int) -> None:
-        match pattern.kind:
-            case StringMatchKind.EXACT:
-                self._exact.add(pattern.value, position)
-            case StringMatchKind.PREFIX:
-                self._prefix.add(pattern.value, position)
-                self._prefix_lengths.add(len(pattern.value))
-            case StringMatchKind.SUFFIX:
-                self._suffix.add(pattern.value, position)
-                self._suffix_lengths.add(len(pattern.value))
-            case StringMatchKind.PRESENCE:
-                self._presence.add(True, position)
+        kind, value = pattern.kind, pattern.value
+        if kind is StringMatchKind.EXACT:
+            self._exact.add(value, position)
+        elif kind is StringMatchKind.PREFIX:
+            self._prefix.add(value, position)
+            self._prefix_lengths.add(len(value))
+        elif kind is StringMatchKind.SUFFIX:
+            self._suffix.add(value, position)
+            self._suffix_lengths.add(len(value))
+        else:
+            self._presence.add(True, position)
 
     def finish(self, size: int) -> Iterator[None]:
         for postings in (self._exact, self._prefix, self._suffix, self._presence):
@@ -240,6 +266,8 @@ _FIELDS: Final[tuple[tuple[str, type[_Exact | _Texts | _Networks]], ...]] = (
     ("destination_ports", _Exact),
 )
 
+_constraints: Final = attrgetter(*(prefix + name for name, _ in _FIELDS for prefix in ("", "not_")))
+
 
 class _Builder:
     """Gives positions to matches, one policy after the other."""
@@ -247,11 +275,10 @@ class _Builder:
     def __init__(self) -> None:
         self.position = 0
         self.since_pause = 0
-        self.wanted: list[Any] = [made() for _, made in _FIELDS]
-        self.unwanted: list[Any] = [made() for _, made in _FIELDS]
+        self.indexes: list[Any] = [None for _ in _FIELDS for _ in range(2)]
+        """Of each field, of each field's negation, where there is any."""
         # Lists of positions. A range is given by its first position and by its guard, the one after its last.
         self.wanting: list[list[int]] = [[] for _ in _FIELDS]
-        self.not_wanting: list[bool] = [False for _ in _FIELDS]
         self.matches: list[int] = []
         self.simple: list[int] = []
         self.single: list[int] = []
@@ -261,6 +288,7 @@ class _Builder:
         self.rule_guards: list[int] = []
         self.policy_starts: list[int] = []
         self.policy_guards: list[int] = []
+        self.keys: dict[int, str] = {}
         self.always: list[int] = []
         self.classes: dict[tuple[Action, bool], list[int]] = {(act, dry): [] for act in Action for dry in (False, True)}
 
@@ -272,22 +300,21 @@ class _Builder:
     def _place(self, match: Match) -> int:
         position = self._next()
         self.matches.append(position)
-        for number, (name, _) in enumerate(_FIELDS):
-            if values := getattr(match, name):
-                self.wanting[number].append(position)
-                add = self.wanted[number].add
-                for value in values:
-                    add(value, position)
-                self.since_pause += len(values)
-            if values := getattr(match, _NOT[number]):
-                self.not_wanting[number] = True
-                add = self.unwanted[number].add
-                for value in values:
-                    add(value, position)
-                self.since_pause += len(values)
+        for number, values in enumerate(_constraints(match)):
+            if not values:
+                continue
+            index = self.indexes[number]
+            if index is None:
+                index = self.indexes[number] = _FIELDS[number >> 1][1]()
+            if not number & 1:
+                self.wanting[number >> 1].append(position)
+            add = index.add
+            for value in values:
+                add(value, position)
+            self.since_pause += len(values)
         return position
 
-    def place(self, policy: AuthorizationPolicy) -> Iterator[None]:
+    def place(self, key: str, policy: AuthorizationPolicy) -> Iterator[None]:
         """Give positions to a policy: its guard is the last one."""
         rules = _undecided(policy.rules)
         start = self.position
@@ -315,6 +342,7 @@ class _Builder:
         guard = self._next()
         self.policy_starts.append(start)
         self.policy_guards.append(guard)
+        self.keys[guard] = key
         if rules is None:
             self.always.append(guard)
         self.classes[policy.action, policy.dry_run].append(guard)
@@ -324,9 +352,6 @@ class _Builder:
             yield
 
 
-_NOT: Final = tuple(f"not_{name}" for name, _ in _FIELDS)
-
-
 def _undecided(rules: tuple[Rule, ...]) -> list[list[Clause]] | None:
     """What a flow has to be asked for: rules of clauses of matches, all of them with something in them.
 
@@ -334,12 +359,15 @@ def _undecided(rules: tuple[Rule, ...]) -> list[list[Clause]] | None:
     """
     found = []
     for rule in rules:
-        clauses = [tuple(match for match in clause if not is_void(match)) for clause in rule if clause]
+        clauses = [tuple(match for match in clause if any(_constraints(match))) for clause in rule if clause]
         if not clauses:
             return None
         if all(clauses):
             found.append(clauses)
     return found
+
+
+_TRUTH: Final = bytes.maketrans(b"01", b"\0\1")
 
 
 @final
@@ -371,58 +399,61 @@ class PolicyIndex:
     _rule_lows: int
     _policy_guards: int
     _policy_lows: int
+    _end: int
+    """One bit above all others."""
     _always: int
     """Guards of policies that match whatever comes."""
     _classes: dict[tuple[Action, bool], int]
     """Guards by action and by dry run."""
     _keys: dict[int, str]
-    """Keys of enforced policies, by guard."""
-    _dry_runs: dict[int, DryRunMatch]
-    """What there is to say of the others."""
+    """Of policies, by guard."""
+    _dry_runs: dict[Action, tuple[list[int], list[DryRunMatch]]]
+    """Guards of dry-run policies, and what there is to say when they match."""
 
     @classmethod
     def build(cls, policies: tuple[tuple[str, AuthorizationPolicy], ...]) -> Generator[None, None, PolicyIndex]:
         """Make one of policies and their keys, which are in order. Yields about every millisecond."""
         builder = _Builder()
-        for _, policy in policies:
-            yield from builder.place(policy)
+        for key, policy in policies:
+            yield from builder.place(key, policy)
         size = builder.position // 8 + 1
         self = cls()
         self.policies = policies
+        self._end = 1 << builder.position
         self.has_allow = bool(builder.classes[Action.ALLOW, False])
         self._wanted = []
         self._unwanted = []
-        for number in range(len(_FIELDS)):
-            if builder.wanting[number]:
-                index = builder.wanted[number]
-                yield from index.finish(size)
-                self._wanted.append((number, index.hits, (yield from _row_in_steps(builder.wanting[number], size))))
-            if builder.not_wanting[number]:
-                index = builder.unwanted[number]
-                yield from index.finish(size)
-                self._unwanted.append((number, index.hits))
-        self._matches = yield from _row_in_steps(builder.matches, size)
-        self._simple = yield from _row_in_steps(builder.simple, size)
-        self._single = yield from _row_in_steps(builder.single, size)
-        # Of all ranges together: 2**guard - 2**start is ones from start to below guard.
-        self._clause_guards = yield from _row_in_steps(builder.clause_guards, size)
-        self._clause_lows = self._clause_guards - (yield from _row_in_steps(builder.clause_starts, size))
-        self._heads = self._clause_guards | self._single
-        self._rule_guards = yield from _row_in_steps(builder.rule_guards, size)
-        self._rule_lows = self._rule_guards - (yield from _row_in_steps(builder.rule_starts, size))
-        self._policy_guards = yield from _row_in_steps(builder.policy_guards, size)
-        self._policy_lows = self._policy_guards - (yield from _row_in_steps(builder.policy_starts, size))
-        self._always = yield from _row_in_steps(builder.always, size)
+        for number, index in enumerate(builder.indexes):
+            if index is None:
+                continue
+            yield from index.finish(size)
+            field = number >> 1
+            if number & 1:
+                self._unwanted.append((field, index.hits))
+            else:
+                self._wanted.append((field, index.hits, (yield from _row_of_all(builder.wanting[field], size))))
+        self._keys = builder.keys
+        self._dry_runs = {
+            action: (guards, [DryRunMatch(builder.keys[guard], action) for guard in guards])
+            for action in Action
+            if (guards := list(builder.classes[action, True]))
+        }
+        yield
         self._classes = {}
         for which, guards in builder.classes.items():
-            self._classes[which] = yield from _row_in_steps(guards, size)
-        self._keys = {}
-        self._dry_runs = {}
-        for guard, (key, policy) in zip(builder.policy_guards, policies, strict=True):
-            if policy.dry_run:
-                self._dry_runs[guard] = DryRunMatch(key, policy.action)
-            else:
-                self._keys[guard] = key
+            self._classes[which] = yield from _row_of_all(guards, size)
+        self._matches = yield from _row_of_all(builder.matches, size)
+        self._simple = yield from _row_of_all(builder.simple, size)
+        self._single = yield from _row_of_all(builder.single, size)
+        # Of all ranges together: 2**guard - 2**start is ones from start to below guard.
+        self._clause_guards = yield from _row_of_all(builder.clause_guards, size)
+        self._clause_lows = self._clause_guards - (yield from _row_of_all(builder.clause_starts, size))
+        self._heads = self._clause_guards | self._single
+        self._rule_guards = yield from _row_of_all(builder.rule_guards, size)
+        self._rule_lows = self._rule_guards - (yield from _row_of_all(builder.rule_starts, size))
+        self._policy_guards = yield from _row_of_all(builder.policy_guards, size)
+        self._policy_lows = self._policy_guards - (yield from _row_of_all(builder.policy_starts, size))
+        self._always = yield from _row_of_all(builder.always, size)
         return self
 
     def matched(self, facts: Facts) -> int:
@@ -450,13 +481,8 @@ class PolicyIndex:
     def dry_run(self, matched: int, action: Action) -> tuple[DryRunMatch, ...]:
         """All dry-run policies with an action among those."""
         guards = matched & self._classes[action, True]
-        return tuple(map(self._dry_runs.__getitem__, _positions(guards))) if guards else ()
-
-
-def _positions(row: int) -> Iterator[int]:
-    """The bits that are set, lowest first, in linear time."""
-    text = bin(row)[:1:-1]
-    at = text.find("1")
-    while at >= 0:
-        yield at
-        at = text.find("1", at + 1)
+        if not guards:
+            return ()
+        at, matches = self._dry_runs[action]
+        bits = bin(guards | self._end)[:1:-1].encode().translate(_TRUTH)
+        return tuple(compress(matches, map(bits.__getitem__, at)))
