@@ -81,7 +81,7 @@ class Child:
         except OSError:
             raise self._failure("has ended") from None
 
-    def hear(self, timeout: float = 20.0) -> dict[str, Any]:
+    def hear(self, timeout: float = 30.0) -> dict[str, Any]:
         """The next thing that it says of itself.
 
         Raises:
@@ -90,7 +90,7 @@ class Child:
         self._wait(lambda: bool(self._facts), timeout, "did not start")
         return self._facts.pop(0)
 
-    def wait_lines(self, count: int, timeout: float = 10.0) -> list[str]:
+    def wait_lines(self, count: int, timeout: float = 30.0) -> list[str]:
         """Wait until there are so many lines of its access log; gives all of them.
 
         Raises:
@@ -99,7 +99,7 @@ class Child:
         self._wait(lambda: len(self.lines) >= count, timeout, f"wrote fewer than {count} lines of access log")
         return list(self.lines)
 
-    def wait_note(self, timeout: float = 10.0) -> str:
+    def wait_note(self, timeout: float = 30.0) -> str:
         """Wait for something in the log of its library; gives the last of it.
 
         Raises:

@@ -23,7 +23,7 @@ __all__ = ["Background", "BackgroundError"]
 T = TypeVar("T")
 
 #: Seconds for a cancelled nursery to end. Only a task that does not let itself be cancelled needs more.
-_STOP_TIMEOUT = 10.0
+_STOP_TIMEOUT = 30.0
 
 
 class BackgroundError(Exception):

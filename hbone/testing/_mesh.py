@@ -179,7 +179,7 @@ class MeshServer:
         """What it was asked for so far, in order."""
         return tuple(self._recorder.requests)
 
-    def wait_for_requests(self, count: int = 1, *, timeout: float = 5.0) -> tuple[ReceivedRequest, ...]:
+    def wait_for_requests(self, count: int = 1, *, timeout: float = 30.0) -> tuple[ReceivedRequest, ...]:
         """Wait until it is done with so many requests; gives all of them.
 
         It blocks. From a trio test call it with `trio.to_thread.run_sync`, unless the requests have all ended.
@@ -248,7 +248,7 @@ class MeshPair:
         """
         return tuple(self._log.records)
 
-    def wait_for_access_log(self, count: int = 2, *, timeout: float = 5.0) -> tuple[AccessRecord, ...]:
+    def wait_for_access_log(self, count: int = 2, *, timeout: float = 30.0) -> tuple[AccessRecord, ...]:
         """Wait until the proxies have logged so many records (two a connection); gives all of them.
 
         It blocks. From a trio test call it with `trio.to_thread.run_sync`, unless the connections have all ended.

@@ -12,7 +12,7 @@ import subprocess
 import threading
 
 import pytest
-from support.backends import Backend, echo, ends_first, generate, hold, pattern, pattern_sha, resets_after, sink
+from support.backends import Backend, echo, ends_first, generate, pattern, pattern_sha, resets_after, sink
 from support.command import HBONE, WAIT, Node, environment, files, hbone
 
 MIB = 1 << 20
@@ -233,9 +233,11 @@ def test_a_reset_after_the_end_of_output_is_seen_at_once(words):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals(words, number):
-    with Backend(hold) as app:
+    with Backend(echo) as app:
         process = start(app.target, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        app.connection()
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        assert process.stdout.read(1) == b"x"  # the application is reached before the tunnel stands: not that alone
         process.send_signal(number)
         assert process.wait(WAIT) == 128 + number
         assert process.stderr.read() == f"hbone: interrupted by {number.name}\n".encode()

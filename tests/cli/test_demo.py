@@ -32,6 +32,10 @@ WEB = "spiffe://cluster.local/ns/shop/sa/web"
 COMMAND = [sys.executable, "-m", "hbone_cli", "demo"]
 MIB = 1 << 20
 
+#: Seconds that only something that hangs needs: for a whole demo, and for the rest.
+RUN = 110
+WAIT = 60
+
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -47,7 +51,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         [*COMMAND, *arguments],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=RUN,
         check=False,
         env=os.environ | {"COLUMNS": "80"} | environment,
     )
@@ -64,7 +68,7 @@ def is_gone(pid: int) -> bool:
 
 
 def wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + WAIT
     while [pid for pid in pids if not is_gone(pid)]:
         assert time.monotonic() < deadline, "processes are left"
         time.sleep(0.05)
@@ -80,7 +84,7 @@ def test_each_step_and_what_it_says_to_machines(size: int, temporary: Path) -> N
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert document["ok"] is True
-    assert document["seconds"] < 30
+    assert 0 < document["seconds"] < RUN
     steps = {step["name"]: step for step in document["steps"]}
     assert list(steps) == [
         *("start", "request", "upload", "download", "connections", "not_allowed", "foreign", "counters"),
@@ -138,7 +142,7 @@ def test_a_terminal_gets_a_progress_bar_and_its_cursor_back(temporary: Path) -> 
         while chunk := os.read(ours, 65536):
             shown += chunk
     os.close(ours)
-    assert process.wait(30) == 0
+    assert process.wait(WAIT) == 0
     text = shown.decode()
     assert "━" in text
     assert "MB/s" in text
@@ -210,7 +214,7 @@ def test_a_stranger_who_is_let_in_fails_the_step(temporary: Path) -> None:
 
 def test_a_traffic_that_nobody_asked_for_fails_the_count(temporary: Path) -> None:
     def one_more() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", demo.ports["a"]["forward"], timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", demo.ports["a"]["forward"], timeout=WAIT)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
         connection.close()
@@ -275,7 +279,7 @@ def kept(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any
 
 
 def get(port: int, path: str) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
     connection.request("GET", path)
     text = connection.getresponse().read().decode()
     connection.close()
@@ -291,7 +295,7 @@ def test_kept_it_works_until_it_is_told_to_end(number: signal.Signals, code: int
         assert get(document["ports"]["a"]["forward"], "/").startswith("hello")
         assert "istio_tcp_connections_opened_total" in get(document["ports"]["b"]["admin"], "/metrics")
         process.send_signal(number)
-        assert process.wait(20) == code
+        assert process.wait(WAIT) == code
         wait_gone(pids)
     assert list(temporary.iterdir()) == []
 
@@ -299,7 +303,7 @@ def test_kept_it_works_until_it_is_told_to_end(number: signal.Signals, code: int
 def test_nobody_outlives_a_demo_that_is_killed(temporary: Path) -> None:
     with kept() as (process, _, pids):
         process.kill()
-        process.wait(10)
+        process.wait(WAIT)
         wait_gone(pids)
 
 
@@ -312,7 +316,7 @@ def test_interrupted_in_the_middle_it_leaves_nobody(temporary: Path) -> None:
     rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pids = [int(row.split()[0]) for row in rows.splitlines() if int(row.split()[1]) == process.pid]
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=WAIT)
     assert process.returncode == 130
     assert "Traceback" not in errors
     wait_gone(pids)
@@ -343,14 +347,14 @@ def test_what_it_invites_to_try(temporary: Path) -> None:
                 [words[0], "-sS", "--fail", "--noproxy", proxies, *words[1:]],
                 capture_output=True,
                 text=True,
-                timeout=30,
+                timeout=WAIT,
                 check=False,
             )
             assert done.returncode == 0, (line, done.stderr)
     process.send_signal(signal.SIGINT)
     reader = threading.Thread(target=process.stdout.read)
     reader.start()
-    assert process.wait(20) == 0
+    assert process.wait(WAIT) == 0
     reader.join()
     process.communicate()
 

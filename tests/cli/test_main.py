@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.command import environment, files, hbone
+from support.command import WAIT, environment, files, hbone
 
 from hbone_cli import cli
 
@@ -69,7 +69,7 @@ def test_help_and_certificates_do_not_load_what_they_do_not_use():
         "try:\n    cli.main(['outbound', '--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'trio', 'OpenSSL', 'prometheus_client', 'rich'} & set(sys.modules), sorted(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=30)
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=WAIT)
 
 
 def test_a_node_without_admin_port_loads_no_http_server_for_it(pki):
@@ -80,7 +80,7 @@ def test_a_node_without_admin_port_loads_no_http_server_for_it(pki):
         "cli.main(sys.argv[1:])\n"
     )
     words = ["inbound", "--listen", "127.0.0.1:0", *files(pki.server)]
-    result = subprocess.run([sys.executable, "-c", script, *words], check=True, capture_output=True, timeout=30)
+    result = subprocess.run([sys.executable, "-c", script, *words], check=True, capture_output=True, timeout=WAIT)
     loaded = set(result.stdout.decode().split())
     assert "hbone.proxy" in loaded
     assert not {"hbone.admin", "rich"} & loaded

@@ -43,7 +43,7 @@ def test_example_passes(file: str, tmp_path: Path) -> None:
         env=environment | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import random
 import socket
 import struct
@@ -29,6 +30,7 @@ __all__ = [
     "hard_close",
     "hold",
     "http_app",
+    "own_loopback",
     "pattern",
     "pattern_sha",
     "receive_all",
@@ -128,7 +130,7 @@ class Backend:
                 with contextlib.suppress(OSError):
                     seen.sock.shutdown(socket.SHUT_RDWR)
         for seen in self.connections:
-            seen.done.wait(5)
+            seen.done.wait(30)
 
     def _accept(self) -> None:
         while True:
@@ -154,13 +156,13 @@ class Backend:
         finally:
             seen.done.set()
 
-    def connection(self, index: int = 0, timeout: float = 10) -> Seen:
+    def connection(self, index: int = 0, timeout: float = 60) -> Seen:
         """The index-th connection, as soon as it is there."""
         with self._arrived:
             assert self._arrived.wait_for(lambda: len(self.connections) > index, timeout), "no connection came"
             return self.connections[index]
 
-    def wait_connection(self, index: int = 0, timeout: float = 30) -> Seen:
+    def wait_connection(self, index: int = 0, timeout: float = 60) -> Seen:
         """The index-th connection, once its habit is over."""
         seen = self.connection(index, timeout)
         assert seen.done.wait(timeout), "the backend's connection is still open"
@@ -272,6 +274,11 @@ def refused_port() -> Iterator[int]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
+
+
+def own_loopback(network: int) -> str:
+    """An address in 127.`network`.0.0/16 that no other process of tests has: for ports that cannot be chosen."""
+    return "127.{}.{}.{}".format(network, *divmod(os.getpid() & 0xFFFF, 256))
 
 
 def http_app(sock: socket.socket, seen: Seen) -> None:

@@ -32,7 +32,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
 
 def outcomes(run: pytest.Pytester, source: str, *args: str) -> tuple[dict[str, int], str]:
     run.makepyfile(source)
-    result = run.runpytest_subprocess(*args, timeout=60)
+    result = run.runpytest_subprocess(*args, timeout=110)
     return result.parseoutcomes(), result.stdout.str()
 
 
@@ -192,6 +192,6 @@ def hbone_ca():
         'def test_domain(hbone_server):\n    assert str(hbone_server().identity) == "spiffe://example.org/ns/test/sa/server"',
     )
     assert counts == {"passed": 1}, text
-    listed = run.runpytest_subprocess("--fixtures", timeout=60).stdout.str()
+    listed = run.runpytest_subprocess("--fixtures", timeout=110).stdout.str()
     for name in ("hbone_ca", "hbone_svid", "hbone_server", "hbone_pair", "hbone_memory_session"):
         assert name in listed

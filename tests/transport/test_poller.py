@@ -89,11 +89,12 @@ async def test_relays_run_on_it(kind: Any, monkeypatch: pytest.MonkeyPatch) -> N
         nursery.start_soon(relay, sock, near)
         async with app:
             data = bytes(range(256)) * 2000
-            nursery.start_soon(app.send_all, data)
-            nursery.start_soon(far.send_all, data)
-            size = 0
-            while size < len(data):
-                size += len(await far.receive_some())
+            async with trio.open_nursery() as sending:
+                sending.start_soon(app.send_all, data)
+                sending.start_soon(far.send_all, data)
+                size = 0
+                while size < len(data):
+                    size += len(await far.receive_some())
             await far.send_eof()
             assert await receive_all(app) == data
             await app.send_eof()

@@ -16,6 +16,7 @@ import pytest
 import trio
 import trio.testing
 from support import frames
+from support.backends import refused_port
 from support.certs import CLIENT, OTHER, SERVER, pki
 from support.frames import Code, Kind, Setting
 from support.rawpeer import RawListener, RawPeer
@@ -31,7 +32,7 @@ from hbone.errors import (
 )
 from hbone.protocol import Limits
 from hbone.tls import PeerPolicy, Svid
-from hbone.transport import HBONEServer, Timeouts, Tunnel, TunnelRequest, listen_tcp
+from hbone.transport import HBONEServer, Timeouts, Tunnel, TunnelRequest
 from hbone.transport._pool import ConnectionPool
 from hbone.transport._pool_state import PoolLimits
 
@@ -67,7 +68,7 @@ class Place:
 @asynccontextmanager
 async def serving(handler: Any = echo, *, leaf: Leaf | None = None, **options: Any) -> AsyncIterator[Place]:
     server = HBONEServer(svid(leaf or pki().server), handler, **options)
-    with trio.fail_after(30):
+    with trio.fail_after(100):
         async with trio.open_nursery() as nursery:
             endpoint = await nursery.start(server.serve, "127.0.0.1", 0)
             yield Place(server, str(endpoint))
@@ -77,7 +78,7 @@ async def serving(handler: Any = echo, *, leaf: Leaf | None = None, **options: A
 @asynccontextmanager
 async def scripted(script: Callable[[RawListener], None]) -> AsyncIterator[str]:
     """A hand-made server; its script must end for the block to end."""
-    with RawListener(pki().server) as listener, trio.fail_after(30):
+    with RawListener(pki().server) as listener, trio.fail_after(100):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(trio.to_thread.run_sync, script, listener, abandon_on_cancel=True))
             yield f"127.0.0.1:{listener.port}"
@@ -203,7 +204,7 @@ async def test_next_hops_by_name_and_source_addresses() -> None:
         if sys.platform == "linux":  # elsewhere the loopback is one address
             await works(await pool.open_tunnel(TARGET, via=there.via, source_ip="127.0.0.2"))
             assert str(seen[-1].ip) == "127.0.0.2"
-        assert len({address.port for address in seen}) == len(seen)
+        assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.wire("W-POOL-1")
@@ -222,16 +223,14 @@ async def test_identities_never_share() -> None:
 
 
 async def test_nobody_listens() -> None:
-    listener = listen_tcp("127.0.0.1", 0)
-    via = f"127.0.0.1:{listener.getsockname()[1]}"
-    listener.close()
-    async with ConnectionPool(svid()) as pool:
-        errors = await in_parallel(5, lambda: pool.open_tunnel(TARGET, via=via))
-        assert [type(error) for error in errors] == [ConnectFailed] * 5
-        assert len({id(error) for error in errors}) == 5
-        assert len({id(error.__cause__) for error in errors}) == 1
-        assert isinstance(errors[0].__cause__, ConnectionRefusedError)
-        assert pool.statistics().dials == 1
+    with refused_port() as port:
+        async with ConnectionPool(svid()) as pool:
+            errors = await in_parallel(5, lambda: pool.open_tunnel(TARGET, via=f"127.0.0.1:{port}"))
+            assert [type(error) for error in errors] == [ConnectFailed] * 5
+            assert len({id(error) for error in errors}) == 5
+            assert len({id(error.__cause__) for error in errors}) == 1
+            assert isinstance(errors[0].__cause__, ConnectionRefusedError)
+            assert pool.statistics().dials == 1
 
 
 async def test_a_peer_that_does_not_take_us() -> None:
@@ -398,14 +397,13 @@ async def test_a_peer_that_falls_silent_is_left() -> None:
             peer.send(frames.response(1))
             return peer
 
-        with serve() as first:
-            first.ack_pings = False
+        with serve():  # and from now on it reads nothing
             trio.from_thread.run(gone.wait)
         with serve() as second:
             second.wait_end()
 
     async with scripted(script) as via:
-        timeouts = Timeouts(ping_interval=0.05, ping_timeout=0.25, close=0.1)
+        timeouts = Timeouts(ping_interval=0.05, ping_timeout=3, close=0.1)  # the second one must answer in time
         async with ConnectionPool(svid(), timeouts=timeouts) as pool:
             tunnel = await pool.open_tunnel(TARGET, via=via)
             with pytest.raises(trio.BrokenResourceError):
@@ -463,7 +461,7 @@ async def test_idle_sessions_are_closed() -> None:
 async def test_drain_lets_a_transfer_finish() -> None:
     async with serving() as there, ConnectionPool(svid()) as pool, trio.open_nursery() as nursery:
         tunnel = await pool.open_tunnel(TARGET, via=there.via)
-        nursery.start_soon(pool.drain, 20)
+        nursery.start_soon(pool.drain, 100)
         await trio.testing.wait_all_tasks_blocked()
         await works(tunnel, os.urandom(1 << 20))
         assert there.server.statistics().sessions == 1

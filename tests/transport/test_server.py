@@ -57,6 +57,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
+#: Seconds that only something that hangs needs.
+WAIT = 60
+
+
 class Closed(BaseObserver):
     def __init__(self) -> None:
         self.refused: list[tuple[Any, int | None, str]] = []
@@ -276,7 +280,7 @@ async def test_serve_stream_never_raises() -> None:
         near, far = trio.testing.memory_stream_pair()
         await near.send_all(nonsense)
         await near.send_eof()
-        with trio.fail_after(5):
+        with trio.fail_after(WAIT):
             await server.serve_stream(far)
         with pytest.raises((trio.BrokenResourceError, trio.ClosedResourceError)):
             await far.send_all(b"x")
@@ -341,7 +345,7 @@ async def test_too_many_half_open_connections_make_room(monkeypatch: pytest.Monk
 
     async with socket_pair(handler=handler, server_options={"max_half_open": 3}) as pair:
         stalled = [await trio.open_tcp_stream("127.0.0.1", pair.port) for _ in range(8)]  # type: ignore[arg-type]
-        with trio.fail_after(10):
+        with trio.fail_after(WAIT):
             async with HBONEClient.connect("127.0.0.1", pair.port, svid=client_svid()) as client:  # type: ignore[arg-type]
                 await client.open_tunnel(TARGET)
                 assert pair.server.statistics().evicted >= 5
@@ -382,7 +386,7 @@ async def test_a_drain_closes_the_listener_and_ends_serve() -> None:
             tunnel = await client.open_tunnel(TARGET)
             while server.statistics().half_open < 1:
                 await trio.sleep(0.001)
-            nursery.start_soon(server.drain, 30)
+            nursery.start_soon(server.drain, WAIT)
             while not client.draining:
                 await trio.sleep(0.001)
             assert await half_open.receive_some() == b""
@@ -393,7 +397,7 @@ async def test_a_drain_closes_the_listener_and_ends_serve() -> None:
             assert not ended.is_set()
             await tunnel.send_eof()
             assert await tunnel.receive_some() == b""
-            with trio.fail_after(5):
+            with trio.fail_after(WAIT):
                 await ended.wait()
         await half_open.aclose()
 
@@ -401,7 +405,7 @@ async def test_a_drain_closes_the_listener_and_ends_serve() -> None:
 async def test_a_server_that_drained_does_not_serve() -> None:
     server = HBONEServer(server_svid(), lambda request: trio.sleep(0))
     await server.drain(1)
-    with trio.fail_after(5):
+    with trio.fail_after(WAIT):
         await server.serve("127.0.0.1", 0)
 
 
@@ -579,7 +583,7 @@ class Forwarding:
         self.reported.set()
 
     async def result(self) -> ForwardResult:
-        with trio.fail_after(5):
+        with trio.fail_after(WAIT):
             await self.reported.wait()
         (result,) = self.results
         return result
