@@ -7,9 +7,9 @@ Each direction is a `_Way` from one socket to the other, without a task of its o
 thread waits for all their sockets at once, and calls the way whose socket can be read or written. The task that called
 `PlainRelay.run` sleeps until both ways have ended; a relay at rest is that task and less than a kilobyte.
 
-What is read is written at once. A read that fills the mover's buffer says that there is more than small talk: from
-then on the bytes go from socket to socket through a pipe, by ``splice``, and are never copied into this process; until
-a splice brings little, or nothing. What ``splice`` says of an end is not believed (urgent data looks like one to it):
+What is read is written at once. A read that brings much says that there is more than small talk: from then on the
+bytes go from socket to socket through a pipe, by ``splice``, and are never copied into this process; until a splice
+brings little, or nothing. What ``splice`` says of an end is not believed (urgent data looks like one to it):
 ``recv`` decides about ends and about waiting.
 
 What the sink does not take stays in the pipe, or in a copy, and the source is not read again before all of that is
@@ -23,6 +23,7 @@ socket breaks, the other one is reset. But who was told its end before gets all 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -38,8 +39,10 @@ __all__ = ["PlainRelay", "relay_sockets"]
 
 _log: Final = logging.getLogger("hbone")
 
-#: Read by `recv` at once, and what a splice must bring to be worth it.
-_COPY_SIZE: Final = 64 * 1024
+#: Read by `recv` at once.
+_COPY_SIZE: Final = 256 * 1024
+#: What a read must bring for a splice to be worth it the next time.
+_BULK: Final = 64 * 1024
 #: Moved by one splice, and the size of a pipe.
 _PIPE_SIZE: Final = 512 * 1024
 #: Pipes in all, and how many of them are kept while nobody needs them.
@@ -47,6 +50,8 @@ _MAX_PIPES: Final = 128
 _SPARE_PIPES: Final = 8
 
 _SPLICE = hasattr(os, "splice")
+#: Nothing to read, or nothing that can be spliced.
+_NOT_NOW: Final = frozenset({errno.EAGAIN, errno.EINVAL})
 
 
 class _Pipe:
@@ -217,7 +222,6 @@ class _Way:
         "count",
         "ended",
         "held",
-        "read_ended",
     )
 
     def __init__(self, relay: PlainRelay, source: _End, sink: _End, mover: Mover) -> None:
@@ -232,7 +236,6 @@ class _Way:
         """Bytes that the sink took."""
         self.held: int = 0
         """Bytes that were read and that the sink has not taken."""
-        self.read_ended: bool = False
         self.ended: bool = False
         """The sink has been told the end."""
         source.outgoing = sink.incoming = self
@@ -251,17 +254,17 @@ class _Way:
             return False
         try:
             count = os.splice(self._source.fd, pipe.inlet, _PIPE_SIZE, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
-        except BlockingIOError:
-            count = 0
         except OSError as exc:
-            # Asking again would get an end of file: the kernel tells an error once.
-            mover.give_back(pipe, empty=True)
-            self._relay.fail(self._source, exc)
-            return True
+            if exc.errno not in _NOT_NOW:
+                # Asking again would get an end of file: the kernel tells an error once.
+                mover.give_back(pipe, empty=True)
+                self._relay.fail(self._source, exc)
+                return True
+            count = 0
         if not count:
             mover.give_back(pipe, empty=True)
             return False
-        self._bulk = count >= _COPY_SIZE
+        self._bulk = count >= _BULK
         self._pipe = pipe
         self.held = count
         self.write()
@@ -277,11 +280,9 @@ class _Way:
             self._relay.fail(self._source, exc)
             return
         if not count:
-            self.read_ended = True
-            self._source.want(READABLE, False)
             self._end()
             return
-        self._bulk = _SPLICE and count == _COPY_SIZE
+        self._bulk = _SPLICE and count >= _BULK
         self.give(view[:count])
 
     def give(self, data: memoryview) -> None:
@@ -324,17 +325,15 @@ class _Way:
             self._pipe = None
             self._mover.give_back(pipe, empty=True)
         self._sink.want(WRITABLE, False)
-        if self.read_ended:
-            self._end()
-        else:
-            self._source.want(READABLE, True)
+        self._source.want(READABLE, True)
 
     def _hold(self) -> None:
         self._source.want(READABLE, False)
         self._sink.want(WRITABLE, True)
 
     def _end(self) -> None:
-        """Nothing more will come, and all was written."""
+        """Nothing more will come, and all was written: nobody reads on while something is held."""
+        self._source.want(READABLE, False)
         try:
             self._sink.sock.shutdown(socket.SHUT_WR)
         except OSError as exc:
@@ -342,18 +341,6 @@ class _Way:
             return
         self.ended = True
         self._relay.way_ended()
-
-    async def finish(self) -> None:
-        """The source broke after its end had come: let the sink have all of it. By the relay's own task."""
-        sink = self._sink
-        try:
-            while self.held and not sink.broken:
-                await trio.lowlevel.wait_writable(sink.sock)
-                self.write()
-            if not sink.broken:
-                await let_it_read(sink.sock)
-        except OSError:
-            pass  # it broke, too
 
     def drop(self) -> None:
         """Give up what is held."""
@@ -427,9 +414,9 @@ class PlainRelay:
                 self._up.move()  # who asked has mostly written already
             await self._wait()
             if self.error is not None:
-                for way in (self._up, self._down):
-                    if way.read_ended:
-                        await way.finish()
+                for way, sink in ((self._up, self._upstream), (self._down, self._downstream)):
+                    if way.ended and not sink.broken:
+                        await _let_it_read(sink.sock)
         finally:
             clean = self._up.ended and self._down.ended and self.error is None
             self.over = True
@@ -475,6 +462,13 @@ class PlainRelay:
         if self._waiter is not None:
             waiter, self._waiter = self._waiter, None
             trio.lowlevel.reschedule(waiter)
+
+
+async def _let_it_read(sock: socket.socket) -> None:
+    try:
+        await let_it_read(sock)
+    except OSError:
+        pass  # it broke, too
 
 
 async def relay_sockets(downstream: socket.socket, upstream: socket.socket, *, first: bytes = b"") -> RelayResult:
