@@ -186,11 +186,19 @@ def check_complete(app: Sphinx, env: BuildEnvironment) -> None:
             logger.warning("hbone.%s is public and on no reference page", name)
 
 
+def hide_factories(
+    _app: Sphinx, _what: str, _name: str, _obj: object, _options: object, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """A dataclass shows a default that is made for each instance as ``<factory>``, which is no Python."""
+    return None if signature is None else (signature.replace("<factory>", "..."), returns)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("hbone-api", ApiDirective)
     app.add_directive("hbone-help", HelpDirective)
     app.add_directive("hbone-limits", LimitsDirective)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)
+    app.connect("autodoc-process-signature", hide_factories)
     app.connect("missing-reference", resolve)
     app.connect("env-check-consistency", check_complete)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
