@@ -72,9 +72,8 @@ def standard_routes(
         return AdminResponse(content_type=content_type, body=body)
 
     def index(_request: AdminRequest) -> AdminResponse:
-        return AdminResponse(
-            body="".join(f"{line}\n" for line in (title, "", *map(_shown, sorted(routes.items(), key=_path)))).encode()
-        )
+        lines = (title, "", *(_shown(path, routes[path]) for path in sorted(routes)))
+        return AdminResponse(body="".join(f"{line}\n" for line in lines).encode())
 
     routes: dict[str, Handler | Route] = {
         "/": index,
@@ -86,13 +85,10 @@ def standard_routes(
     return routes
 
 
-def _path(item: tuple[str, Handler | Route]) -> str:
-    return item[0]
-
-
-def _shown(item: tuple[str, Handler | Route]) -> str:
-    path, route = item
-    return path if not isinstance(route, Route) or "GET" in route.methods else f"{path} ({', '.join(route.methods)})"
+def _shown(path: str, route: Handler | Route) -> str:
+    if isinstance(route, Route) and "GET" not in route.methods:
+        return f"{path} ({', '.join(route.methods)})"
+    return path
 
 
 class Levels(Protocol):

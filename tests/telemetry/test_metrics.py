@@ -121,6 +121,30 @@ def test_principals_are_bounded() -> None:
     assert value(metrics, "istio_tcp_connections_closed_total", **rest | {"response_flags": "other"}) == 490
 
 
+def test_sets_of_labels_are_bounded_whatever_both_sides_are() -> None:
+    """A flood of far sides folds into ``other`` and leaves our own workloads apart; a flood of both folds wholly."""
+    metrics = Metrics(max_label_sets=10)
+    for n in range(2000):
+        metrics.connection_opened(
+            labels=TrafficLabels(
+                "destination",
+                source_workload=f"far{n}",
+                destination_workload=f"own{n % 3}",
+                destination_service=f"s{n}",
+            )
+            if n >= 1000
+            else TrafficLabels("destination", source_workload=f"far{n}", destination_workload=f"own{n % 3}")
+        ).closed(1, 1)
+    opened = {k[1]: v for k, v in samples(metrics).items() if k[0] == "istio_tcp_connections_opened_total"}
+    assert len(opened) <= 2 * 10 + 2
+    assert sum(opened.values()) == 2000
+    own = [
+        v for k, v in opened.items() if ("source_workload", "other") in k and ("destination_service", "unknown") in k
+    ]
+    assert sum(own) == 990  # the first thousand but ten: which of our own workloads is still known
+    assert len(own) == 3
+
+
 def test_plain_connections_and_unknown_principals() -> None:
     metrics = Metrics()
     metrics.connection_opened(reporter="source", mutual_tls=False).closed(1, 1)
