@@ -197,7 +197,7 @@ def _usable(
             continue
         if not workload.addresses and not _reachable_without_address(workload, network):
             continue
-        if named and port not in endpoint.ports and not (waypoint and _has_port(service, endpoint, workload, port)):
+        if named and not (_serves(service, endpoint, workload, port) if waypoint else port in endpoint.ports):
             continue
         found.append((endpoint, workload))
     return found
@@ -208,8 +208,8 @@ def _reachable_without_address(workload: Workload, network: str) -> bool:
     return bool(workload.hostname) or (workload.network != network and workload.network_gateway is not None)
 
 
-def _has_port(service: Service, endpoint: ServiceEndpoint, workload: Workload, port: int) -> bool:
-    """Whether an endpoint without this port serves it as a waypoint."""
+def _serves(service: Service, endpoint: ServiceEndpoint, workload: Workload, port: int) -> bool:
+    """Whether a waypoint serves a port that its service has not, or has by name only."""
     if port not in service.ports and workload.application_tunnel is None:
         return False
     return port_of(service, endpoint, workload, port) is not None
@@ -257,7 +257,8 @@ class KeptCandidates:
         if known is not None:
             return known[2]
         found = candidates(snapshot, client, service, port, waypoint=waypoint)
-        self._found[key] = (service, snapshot.endpoints(service), found)
+        if waypoint or port in service.ports:  # the answer for other ports is no work, and there are many of them
+            self._found[key] = (service, snapshot.endpoints(service), found)
         return found
 
     def still_true(self, snapshot: MeshSnapshot) -> KeptCandidates:

@@ -239,8 +239,8 @@ def _to_address(asking: Asking, target: Authority, ip: IPAddress) -> Plan:
     service = snapshot.service_by_vip(source.network, ip, source.namespace)
     if note is not None:
         _note_address(asking, ip, owner, guarded or service)
-    for each in (guarded, service) if service is not guarded else (guarded,):
-        plan = None if each is None else _service_waypoint(asking, _Wanted(target=target, ip=ip, service=each))
+    if guarded is not None:
+        plan = _service_waypoint(asking, _Wanted(target=target, ip=ip, service=guarded))
         if plan is not None:
             return plan
     if service is not None:
