@@ -27,6 +27,8 @@ __all__ = [
     "InvalidIdentity",
     "ListenFailed",
     "LocalProtocolError",
+    "MeshConfigError",
+    "MeshFault",
     "NoRoute",
     "PeerIdentityMismatch",
     "PolicyDenied",
