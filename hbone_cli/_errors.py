@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Final
 
@@ -47,6 +47,7 @@ class ExitCode(IntEnum):
     UNREACHABLE = 11, "the peer cannot reach the target (status 503)"
     REFUSED = 12, "no tunnel for another reason: another status, no answer, the peer is going away"
     BROKEN = 13, "the tunnel, or what it is connected to here, broke under way"
+    CONFIG = 14, "the configuration, the environment or the mesh file cannot be used; each fault has its line"
 
 
 EXIT_CODES_HELP: Final = (
@@ -113,6 +114,7 @@ class Failure:
         message: one line.
         facts: more for scripts.
         bug: whether it is our own fault.
+        more: further lines, when several things are wrong at once.
     """
 
     kind: str
@@ -120,6 +122,12 @@ class Failure:
     message: str
     facts: dict[str, str] = field(default_factory=dict)
     bug: bool = False
+    more: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All of it, for people."""
+        return (self.message, *self.more)
 
 
 _LISTEN_HINTS: Final = {
@@ -155,7 +163,14 @@ def explain(error: BaseException) -> Failure:
 def _explain_hbone(error: BaseException) -> Failure | None:
     # What is not about a tunnel must not load the library.
     import hbone
+    from hbone.errors import ConfigError, ListenFailed, MeshConfigError
     from hbone.telemetry import failure_cause
+
+    match error:
+        case ConfigError() | MeshConfigError():
+            return _several([_failure("config", ExitCode.CONFIG, str(fault)) for fault in error.faults])
+        case ListenFailed():
+            return _several([_cannot_listen(CannotListen(*problem)) for problem in error.problems])
 
     no_tunnel = isinstance(error, NoTunnel)
     broken = isinstance(error, BrokenTunnel)
@@ -210,6 +225,12 @@ def _explain_hbone(error: BaseException) -> Failure | None:
 
 def _failure(kind: str, code: int, message: str, *, bug: bool = False, **facts: str) -> Failure:
     return Failure(kind=kind, code=code, message=" ".join(message.split()), facts=facts, bug=bug)
+
+
+def _several(failures: list[Failure]) -> Failure:
+    """One failure of several that are alike."""
+    first, *others = failures
+    return replace(first, more=tuple(other.message for other in others))
 
 
 def _interrupted(number: int) -> Failure:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hbone.telemetry import Metrics
     from hbone_cli._options import IdentityOptions, Listen, NodeOptions
 
-__all__ = ["Node", "Way", "raise_file_limit", "run_node", "stop_signals"]
+__all__ = ["Node", "Way", "drain", "raise_file_limit", "run_node", "standard_output", "stop_signals"]
 
 #: More would only make whoever closes "all descriptors" slow.
 _ENOUGH_FILES: Final = 1 << 20
@@ -101,7 +101,7 @@ async def _run(
 
         metrics = Metrics()
     async with (
-        AccessLog(_standard_output(), LogFormat(options.log_format)) as access_log,
+        AccessLog(standard_output(), LogFormat(options.log_format)) as access_log,
         open_node(source, access_log, metrics) as node,
         trio.open_nursery() as nursery,
     ):
@@ -120,7 +120,8 @@ async def _run(
             number = await anext(signals)
             if readiness is not None:
                 readiness.block("draining")
-            await _drain(node, options.drain_deadline, signal.Signals(number), signals, reporter)
+            what = signal.Signals(number).name
+            await drain(node.drain, node.live(), options.drain_deadline, what, signals, reporter)
         nursery.cancel_scope.cancel()
 
 
@@ -152,22 +153,42 @@ async def _serve_admin(
     return readiness
 
 
-async def _drain(node: Node, deadline: float, first: signal.Signals, signals: object, reporter: Reporter) -> None:
-    live = node.live()
-    text = f"{first.name}: draining {live} connection{'' if live == 1 else 's'}, {deadline:g} s at most"
-    reporter.event("draining", text, signal=first.name, connections=live, deadline=deadline)
+async def drain(
+    stop: Callable[[float], Awaitable[None]],
+    live: int,
+    deadline: float,
+    why: str,
+    signals: object,
+    reporter: Reporter,
+) -> None:
+    """Stop in good order, but at once when another signal comes.
+
+    Args:
+        stop: does it, within the seconds that it is given.
+        live: how many connections are open.
+        deadline: how long they get, in seconds.
+        why: who told us to.
+        signals: where further signals come from.
+        reporter: hears of it.
+
+    Raises:
+        Interrupted: another signal came.
+    """
+    text = f"{why}: draining {live} connection{'' if live == 1 else 's'}, {deadline:g} s at most"
+    reporter.event("draining", text, signal=why, connections=live, deadline=deadline)
 
     async def quit_on_second() -> None:
         raise Interrupted(await anext(signals))  # type: ignore[call-overload]
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(quit_on_second)
-        await node.drain(deadline)
+        await stop(deadline)
         nursery.cancel_scope.cancel()
     reporter.event("stopped", "stopped")
 
 
-def _standard_output() -> BinaryIO:
+def standard_output() -> BinaryIO:
+    """Where the access log goes; nowhere, when it was closed."""
     if sys.stdout is None:  # it was closed when we were started
         return Path(os.devnull).open("wb")
     return sys.stdout.buffer

@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 
 #: Where each command is: a module with a `command`.
 COMMANDS: Final = {
+    "node": "hbone_cli._node",
     "inbound": "hbone_cli._inbound",
     "outbound": "hbone_cli._outbound",
     "connect": "hbone_cli._connect",
@@ -87,8 +88,8 @@ def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 def cli() -> None:
     """Tunnels of Istio's ambient mesh: TCP in HTTP/2 CONNECT in TLS 1.3, with SPIFFE identities on both sides.
 
-    "hbone inbound" stands before an application, "hbone outbound" before its clients. "hbone COMMAND --help" has
-    examples.
+    "hbone node" is both sides of a mesh in one process, told by a mesh file. "hbone inbound" stands before an
+    application, "hbone outbound" before its clients. "hbone COMMAND --help" has examples.
 
     Every option of a command can be given in the environment: HBONE_OUTBOUND_SOCKS=1080 is --socks 1080 of
     "hbone outbound". Those that say who we are, --via and --expect are also read from HBONE_CERT, HBONE_VIA and so

@@ -21,10 +21,12 @@ class Reporter:
 
     Args:
         as_json: one JSON object a line.
+        events: whether to say what goes well, too.
     """
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, events: bool = True) -> None:
         self._as_json = as_json
+        self._events = events
 
     def event(self, name: str, text: str, **facts: object) -> None:
         """Something that is as it should be.
@@ -34,7 +36,8 @@ class Reporter:
             text: for people.
             facts: for scripts.
         """
-        self._say({"event": name, **facts}, text)
+        if self._events:
+            self._say({"event": name, **facts}, text)
 
     def warning(self, text: str, **facts: object) -> None:
         """Something that works, but that somebody should know of."""
@@ -43,7 +46,12 @@ class Reporter:
     def failure(self, failure: Failure) -> None:
         """Why the command ends."""
         facts = {"event": "error", "kind": failure.kind, "exit_code": failure.code, "message": failure.message}
-        self._say({**facts, **failure.facts}, failure.message)
+        more = {"messages": failure.lines} if failure.more else {}
+        if self._as_json:
+            self._say({**facts, **failure.facts, **more}, "")
+            return
+        for line in failure.lines:
+            self._say({}, line)
 
     def _say(self, facts: dict[str, object], text: str) -> None:
         line = json.dumps(facts, default=str) if self._as_json else f"hbone: {text}"

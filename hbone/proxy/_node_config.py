@@ -68,6 +68,8 @@ class Setting:
     """What it means, in a sentence or two."""
     option: str
     """Of ``hbone node``."""
+    unset: str = ""
+    """What it means when nobody says anything, where the default does not tell."""
 
     @property
     def key(self) -> str:
@@ -79,6 +81,13 @@ class Setting:
     def variable(self) -> str:
         """Its own variable in the environment. Some have others besides, which ztunnel has too."""
         return f"HBONE_NODE_{self.option.removeprefix('--').replace('-', '_').upper()}"
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Those of ztunnel's variables that give it, and others with a name of their own; the first one wins."""
+        from hbone.proxy._node_environment import VARIABLES
+
+        return tuple(variable.name for variable in VARIABLES if variable.setting == self.name)
 
     @property
     def default(self) -> Any:
@@ -301,11 +310,11 @@ GROUPS: Final = ("Mesh", "Who we are", "Where to listen", "Tunnels", "Sockets", 
 def _settings() -> tuple[Setting, ...]:
     rows: list[Setting] = []
 
-    def add(
-        name: str, read: Callable[[str], object], form: str, words: str, *, option: str | None = None, group: int
-    ) -> None:
-        option = option or "--" + name.replace("_", "-")
-        rows.append(Setting(name=name, group=GROUPS[group], read=read, form=form, words=words, option=option))
+    def add(name: str, read: Callable[[str], object], form: str, words: str, *, group: int, unset: str = "") -> None:
+        option = "--" + name.replace("_", "-")
+        rows.append(
+            Setting(name=name, group=GROUPS[group], read=read, form=form, words=words, option=option, unset=unset)
+        )
 
     add("mesh", read_path, "FILE", "The mesh: workloads, services and policies, as YAML or JSON.", group=0)
     add("mesh_text", read_text, "YAML", "The same, given here and not in a file. One of the two.", group=0)
@@ -318,7 +327,7 @@ def _settings() -> tuple[Setting, ...]:
         group=0,
     )
     add("workload", read_workload, "NS/NAME/SA", "The one workload of mode dedicated.", group=0)
-    add("node_name", read_text, "NAME", "Serve only workloads of this node.  [default: of all nodes]", group=0)
+    add("node_name", read_text, "NAME", "Serve only workloads of this node.", unset="of all nodes", group=0)
     add("network", read_text, "NAME", "The network that this node is in.", group=0)
     add("cluster_id", read_text, "NAME", "The cluster that this node is in.", group=0)
     add("cluster_domain", read_text, "NAME", "Shown in the configuration dump; nothing else uses it.", group=0)
@@ -328,14 +337,16 @@ def _settings() -> tuple[Setting, ...]:
         "ca_dir",
         read_path,
         "DIR",
-        "The CA, made if there is none. Nodes that share it trust each other.  [default: ~/.local/share/hbone/ca]",
+        "The CA, made if there is none. Nodes that share it trust each other.",
+        unset="~/.local/share/hbone/ca",
         group=1,
     )
     add(
         "trust_domain",
         read_trust_domain,
         "NAME",
-        "The trust domain of that CA.  [default: the CA's own; cluster.local for a new one]",
+        "The trust domain of that CA.",
+        unset="the CA's own; cluster.local for a new one",
         group=1,
     )
     add("secret_ttl", _positive, "DURATION", "How long its certificates are valid.", group=1)
@@ -358,7 +369,8 @@ def _settings() -> tuple[Setting, ...]:
         "http_proxy",
         read_listen("127.0.0.1"),
         "ADDRESS",
-        "An HTTP proxy for applications, which does CONNECT.  [default: off]",
+        "An HTTP proxy for applications, which does CONNECT.",
+        unset="off",
         group=2,
     )
     add("admin", read_listen("localhost"), "ADDRESS", "Configuration dump, log levels, debugging (HTTP).", group=2)
@@ -375,7 +387,8 @@ def _settings() -> tuple[Setting, ...]:
         "orig_src",
         read_auto_switch,
         "true|false|auto",
-        "Whether applications see their peers' addresses: true: it must work, auto: where we may.  [default: auto]",
+        "Whether applications see their peers' addresses: true: it must work, auto: where we may.",
+        unset="auto",
         group=3,
     )
     add(
@@ -441,11 +454,10 @@ SETTINGS: Final = _settings()
 def settings_table() -> Iterator[tuple[str, str, str, str]]:
     """The settings for people: group, option, key in a file, and what it means with its default."""
     for setting in SETTINGS:
-        default = setting.default_text
-        shown_default = f" Default: `{default}`." if default and "[default:" not in setting.words else ""
-        words = re.sub(r"  \[default: (.*)\]", r" Default: \1.", setting.words)
+        default = setting.unset or (f"`{setting.default_text}`" if setting.default_text else "")
         form = setting.form.replace("|", "\\|")
-        yield setting.group, f"`{setting.option} {form}`", f"`{setting.key}`", words + shown_default
+        words = f"{setting.words} Default: {default}." if default else setting.words
+        yield setting.group, f"`{setting.option} {form}`", f"`{setting.key}`", words
 
 
 def shown(text: str) -> str:

@@ -195,7 +195,7 @@ VARIABLES: Final = (
 )
 
 #: Not settings, but of the command.
-_COMMANDS_OWN: Final = frozenset({"HBONE_NODE_CONFIG", "HBONE_NODE_JSON", "HBONE_NODE_VERBOSE"})
+_COMMANDS_OWN: Final = frozenset({"HBONE_NODE_CONFIG", "HBONE_NODE_JSON"})
 
 
 def environment_table() -> Iterator[tuple[str, str, str]]:
