@@ -1,5 +1,6 @@
 """The mesh as values: what there is, an immutable picture of it with look-ups, and the file that it is written in."""
 
+from hbone.mesh._file import BrokenEntry, ParsedMesh, load_mesh, mesh_schema, parse_mesh, read_mesh_file
 from hbone.mesh._snapshot import MeshSnapshot
 from hbone.mesh._state import MeshState
 from hbone.mesh._values import (
@@ -39,6 +40,7 @@ __all__ = [
     "ApplicationTunnel",
     "ApplicationTunnelProtocol",
     "AuthorizationPolicy",
+    "BrokenEntry",
     "Clause",
     "GatewayAddress",
     "HealthPolicy",
@@ -54,6 +56,7 @@ __all__ = [
     "NetworkAddress",
     "NetworkCidr",
     "NetworkMode",
+    "ParsedMesh",
     "RoutingPreference",
     "Rule",
     "Scope",
@@ -66,4 +69,8 @@ __all__ = [
     "Visibility",
     "WeightedGateway",
     "Workload",
+    "load_mesh",
+    "mesh_schema",
+    "parse_mesh",
+    "read_mesh_file",
 ]
