@@ -12,7 +12,7 @@ import pytest
 from support import frames
 from support.certs import CLIENT, pki
 from support.frames import Code, Frame, Kind, Parser, Setting
-from support.rawpeer import Ended, RawListener, RawPeer
+from support.rawpeer import WAIT, Ended, RawListener, RawPeer
 
 
 def both(client_leaf=None, server_leaf=None):
@@ -21,12 +21,12 @@ def both(client_leaf=None, server_leaf=None):
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(listener.accept)
         client = RawPeer.dial(listener.port, client_leaf or pki().client)
-        return listener, client, accepted.result(10)
+        return listener, client, accepted.result(WAIT)
 
 
 def parallel(*jobs):
     with ThreadPoolExecutor(len(jobs)) as pool:
-        return [future.result(20) for future in [pool.submit(job) for job in jobs]]
+        return [future.result(WAIT) for future in [pool.submit(job) for job in jobs]]
 
 
 def test_a_frame_is_nine_bytes_and_its_payload():
@@ -163,7 +163,7 @@ def test_certificates_of_a_foreign_root_are_refused():
         with RawPeer.dial(listener.port, pki().foreign) as client:
             assert client.wait_end() in ("alert", "reset")
         with pytest.raises(Exception, match="CERTIFICATE_VERIFY_FAILED"):
-            accepted.result(10)
+            accepted.result(WAIT)
 
 
 def test_leaves_are_made_once_and_say_who_they_are():

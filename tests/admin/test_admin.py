@@ -71,7 +71,7 @@ async def address(nursery: trio.Nursery) -> Endpoint:
 
 
 async def test_over_a_real_socket(address: Endpoint) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=60) as client:
         index = await client.get("/")
         assert index.status_code == 200
         assert index.text.split() == ["hbone", "/", "/echo", "/fail", "/healthz/ready", "/metrics", "/stats/prometheus"]
@@ -178,7 +178,7 @@ async def test_host_on_a_loopback_port(host: str, allowed: bool) -> None:
 async def test_the_check_follows_the_bound_address(nursery: trio.Nursery) -> None:
     for host, expected in (("127.0.0.1", 403), ("0.0.0.0", 200)):
         bound: Endpoint = await nursery.start(make_server()[0].serve, host, 0)
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             answer = await client.get(f"http://127.0.0.1:{bound.port}/", headers={"host": "evil.example"})
         assert answer.status_code == expected
 
@@ -291,7 +291,7 @@ async def test_a_reset_is_no_error(address: Endpoint) -> None:
     await stream.send_all(b"GET ")
     stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     await stream.aclose()
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         assert (await client.get(f"http://{address}/")).status_code == 200
 
 

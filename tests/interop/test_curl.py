@@ -138,7 +138,7 @@ async def test_curl_our_goaway_lets_its_download_finish(pki):
         pieces = list(pattern(BULK))
         for piece in pieces[:16]:
             sock.sendall(piece)
-        assert drained.wait(20)
+        assert drained.wait(60)
         for piece in pieces[16:]:
             sock.sendall(piece)
         receive_all(sock, seen)
@@ -149,9 +149,9 @@ async def test_curl_our_goaway_lets_its_download_finish(pki):
             thread = threading.Thread(target=lambda: result.append(fetch(curl, f"http://{app.target}/")))
             thread.start()
             app.connection(0)
-            trio.from_thread.run_sync(nursery.start_soon, near.server.drain, 30.0)
+            trio.from_thread.run_sync(nursery.start_soon, near.server.drain, 100.0)
             drained.set()
-            thread.join(60)
+            thread.join(100)
             assert result == [(200, pattern_sha(BULK))]
 
     with Backend(habit) as app:

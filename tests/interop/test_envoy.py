@@ -171,7 +171,7 @@ async def test_envoy_to_us_our_goaway_lets_transfers_finish(pki, tmp_path):
         pieces = list(pattern(BULK))
         for piece in pieces[: len(pieces) // 2]:
             sock.sendall(piece)
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         for piece in pieces[len(pieces) // 2 :]:
             sock.sendall(piece)
         from support.backends import receive_all as read_on
@@ -184,12 +184,12 @@ async def test_envoy_to_us_our_goaway_lets_transfers_finish(pki, tmp_path):
             thread = threading.Thread(target=lambda: result.append(exchange(sock, BULK)))
             thread.start()
             app.connection(0)
-            trio.from_thread.run_sync(nursery.start_soon, near.server.drain, 30.0)
+            trio.from_thread.run_sync(nursery.start_soon, near.server.drain, 100.0)
             while envoy.counter("cluster.hbone.upstream_cx_close_notify") == 0:
                 if near.server.statistics().draining if hasattr(near.server.statistics(), "draining") else True:
                     break
             go_on.set()
-            thread.join(60)
+            thread.join(100)
             assert result[0].sha == pattern_sha(BULK)
             assert app.wait_connection(0).sha == pattern_sha(BULK)
 
@@ -207,7 +207,7 @@ def client_of(pki, port, *, leaf=None, expect=SERVER):
 
 
 async def test_us_to_envoy_half_close(pki, tmp_path):
-    with Backend(echo) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(60):
+    with Backend(echo) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(100):
         async with client_of(pki, envoy.port("hbone")) as client, await client.open_tunnel(app.target) as tunnel:
             assert str(client.peer.identity) == SERVER
             assert client.peer.tls_version == "TLSv1.3"
@@ -218,14 +218,14 @@ async def test_us_to_envoy_half_close(pki, tmp_path):
 
 
 async def test_us_to_envoy_upload(pki, tmp_path):
-    with Backend(sink) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(60):
+    with Backend(sink) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(100):
         async with client_of(pki, envoy.port("hbone")) as client, await client.open_tunnel(app.target) as tunnel:
             await send_pattern(tunnel, BULK)
             assert await download(tunnel) == pattern_sha(BULK).encode()
 
 
 async def test_us_to_envoy_download(pki, tmp_path):
-    with Backend(generate(BULK)) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(60):
+    with Backend(generate(BULK)) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(100):
         async with client_of(pki, envoy.port("hbone")) as client, await client.open_tunnel(app.target) as tunnel:
             await tunnel.send_eof()
             assert await receive_all(tunnel) == (BULK, pattern_sha(BULK))
@@ -233,7 +233,7 @@ async def test_us_to_envoy_download(pki, tmp_path):
 
 async def test_us_to_envoy_both_at_once(pki, tmp_path):
     with Backend(send_then_receive(BULK)) as app, Envoy.terminator(tmp_path, pki.server) as envoy:
-        with trio.fail_after(60):
+        with trio.fail_after(100):
             async with client_of(pki, envoy.port("hbone")) as client, await client.open_tunnel(app.target) as tunnel:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(send_pattern, tunnel, BULK)
@@ -242,7 +242,7 @@ async def test_us_to_envoy_both_at_once(pki, tmp_path):
 
 
 async def test_us_to_envoy_many_tunnels_on_one_session(pki, tmp_path):
-    with Backend(echo) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(60):
+    with Backend(echo) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(100):
         async with client_of(pki, envoy.port("hbone")) as client:
 
             async def one():
@@ -258,27 +258,28 @@ async def test_us_to_envoy_many_tunnels_on_one_session(pki, tmp_path):
 async def test_us_to_envoy_what_envoy_cuts_is_an_error_and_no_end(pki, tmp_path):
     # Fault of Envoy 1.40: it ends a tunnel with RST_STREAM when the backend ends first and bytes are under way.
     size = 16 * MIB
-    with Backend(ends_first(size)) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(60):
+    with Backend(ends_first(size)) as app, Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(100):
         async with client_of(pki, envoy.port("hbone")) as client:
-            whole = 0
-            for _ in range(5):
+            cut = tries = 0
+            while tries < 5 or (not cut and tries < 50):  # how much is lost is a race; now and then it is nothing
+                tries += 1
                 async with await client.open_tunnel(app.target) as tunnel:
                     try:
                         outcome = await receive_all(tunnel)
                     except trio.BrokenResourceError as error:
                         outcome = error.__cause__
                 if isinstance(outcome, tuple):
-                    whole += 1
                     assert outcome == (size, pattern_sha(size))
                 else:
+                    cut += 1
                     assert isinstance(outcome, hbone.TunnelReset)
                     assert outcome.remote
-            assert whole < 5, "Envoy has mended it: say so in docs/design/foreign-peers.md"
+            assert cut, "Envoy has mended it: say so in docs/design/foreign-peers.md"
 
 
 @pytest.mark.wire("W-ID-7")
 async def test_us_to_envoy_refused_identity_by_root(pki, tmp_path):
-    with Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(30):
+    with Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(100):
         with pytest.raises(hbone.IdentityRefused):
             async with client_of(pki, envoy.port("hbone"), leaf=pki.foreign):
                 pytest.fail("connected")
@@ -288,7 +289,7 @@ async def test_us_to_envoy_refused_identity_by_root(pki, tmp_path):
 async def test_us_to_envoy_refused_identity_by_name(pki, tmp_path):
     with (
         Envoy.terminator(tmp_path, pki.server, accept_prefix="spiffe://cluster.local/ns/bank/") as envoy,
-        trio.fail_after(30),
+        trio.fail_after(100),
     ):
         with pytest.raises(hbone.IdentityRefused):
             async with client_of(pki, envoy.port("hbone")):
@@ -302,7 +303,7 @@ async def test_us_to_envoy_refused_identity_by_policy(pki, tmp_path):
     with (
         Backend(echo) as app,
         Envoy.terminator(tmp_path, pki.server, allow=["spiffe://cluster.local/ns/bank/sa/teller"]) as envoy,
-        trio.fail_after(30),
+        trio.fail_after(100),
     ):
         async with client_of(pki, envoy.port("hbone")) as client:
             for _ in range(3):  # with a body after the refusal each time: the session must stay usable
@@ -315,7 +316,7 @@ async def test_us_to_envoy_refused_identity_by_policy(pki, tmp_path):
 
 @pytest.mark.wire("W-ID-4")
 async def test_we_refuse_envoys_identity(pki, tmp_path):
-    with Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(30):
+    with Envoy.terminator(tmp_path, pki.server) as envoy, trio.fail_after(100):
         with pytest.raises(hbone.PeerIdentityMismatch) as mismatch:
             async with client_of(pki, envoy.port("hbone"), expect="spiffe://cluster.local/ns/a/sa/b"):
                 pytest.fail("connected")
@@ -328,7 +329,7 @@ async def test_us_to_envoy_refused_target(pki, tmp_path):
         refused_port() as port,
         Backend(echo) as app,
         Envoy.terminator(tmp_path, pki.server) as envoy,
-        trio.fail_after(30),
+        trio.fail_after(100),
     ):
         async with client_of(pki, envoy.port("hbone")) as client:
             for _ in range(3):
@@ -343,7 +344,7 @@ async def test_us_to_envoy_its_goaway_lets_our_transfer_finish(pki, tmp_path):
     with (
         Backend(send_then_receive(BULK)) as app,
         Envoy.terminator(tmp_path, pki.server, requests_before_goaway=2) as envoy,
-        trio.fail_after(60),
+        trio.fail_after(100),
     ):
         async with client_of(pki, envoy.port("hbone")) as client, await client.open_tunnel(app.target) as tunnel:
             got = []
@@ -369,7 +370,7 @@ async def test_the_pool_goes_on_after_envoys_goaway(pki, tmp_path):
     with (
         Backend(echo) as app,
         Envoy.terminator(tmp_path, pki.server, requests_before_goaway=3) as envoy,
-        trio.fail_after(60),
+        trio.fail_after(100),
     ):
         async with hbone.ConnectionPool(svid(pki.client)) as pool:
             for _ in range(20):

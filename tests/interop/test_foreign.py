@@ -48,12 +48,12 @@ def test_envoy_cuts_a_download_when_the_backend_ends_first(pki, tmp_path):
             tmp_path, pki.client, hbone_port=far.port("hbone"), expect=SERVER, targets=[app.target]
         ) as near,
     ):
-        ends = []
-        for _ in range(8):
+        for _ in range(50):
             with dial(near.port(app.target)) as sock:
                 outcome = exchange(sock, 0, half_close=False)
-                ends.append((outcome.received, outcome.end))
-        assert ends != [(size, "eof")] * 8
+            if (outcome.received, outcome.end) != (size, "eof"):
+                return
+        pytest.fail("Envoy has mended it: say so in docs/design/foreign-peers.md")
 
 
 def test_node_to_envoy(pki, tmp_path):
@@ -142,12 +142,12 @@ def test_curl_does_not_take_end_stream_for_an_end(pki):
     with RawListener(pki.server) as listener, ThreadPoolExecutor(1) as pool:
         served = pool.submit(serve)
         with Curl(pki.client, listener.port) as curl:
-            curl.handle.setopt(curl.handle.TIMEOUT_MS, 500)
+            curl.handle.setopt(curl.handle.TIMEOUT_MS, 3000)
             got = []
             with pytest.raises(Exception, match="timed out"):
                 curl.get("http://10.0.0.1/", got.append)
             assert b"".join(got) == b"all of it"
-        served.result(10)
+        served.result(60)
 
 
 def test_node_ends_its_half_before_it_resets(pki, tmp_path):

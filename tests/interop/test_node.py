@@ -133,7 +133,7 @@ async def test_node_to_us_goaway_lets_the_transfer_finish(pki, tmp_path, bulk_fi
             node.tell("tunnel", id=1, target=app.target, upload=bulk_file, half_close=True)
             node.wait("first-byte", id=1)
             if whose == "ours":
-                trio.from_thread.run_sync(nursery.start_soon, near.server.drain, 30.0)
+                trio.from_thread.run_sync(nursery.start_soon, near.server.drain, 100.0)
                 assert node.wait("goaway")["code"] == 0
             else:
                 node.tell("goaway")
@@ -179,7 +179,7 @@ def client_of(leaf, port, *, expect=SERVER):
     ],
 )
 async def test_us_to_node_every_byte_both_ways(pki, tmp_path, habit, upload, down):
-    with Backend(habit) as app, NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(60):
+    with Backend(habit) as app, NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(100):
         async with client_of(pki.client, node.port) as client, await client.open_tunnel(app.target) as tunnel:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(send_pattern, tunnel, upload)
@@ -191,7 +191,7 @@ async def test_us_to_node_every_byte_both_ways(pki, tmp_path, habit, upload, dow
 
 
 async def test_us_to_node_refused_certificate(pki, tmp_path):
-    with NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(30):
+    with NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(100):
         with pytest.raises(hbone.IdentityRefused):
             async with client_of(pki.foreign, node.port):
                 pytest.fail("connected")
@@ -203,7 +203,7 @@ async def test_us_to_node_refused_by_policy_and_refused_target(pki, tmp_path):
         Backend(echo) as app,
         refused_port() as port,
         NodePeer.server(tmp_path, pki.server, allow=[CLIENT]) as node,
-        trio.fail_after(30),
+        trio.fail_after(100),
     ):
         async with client_of(pki.other, node.port) as client:
             with pytest.raises(hbone.PolicyDenied):
@@ -218,11 +218,11 @@ async def test_us_to_node_refused_by_policy_and_refused_target(pki, tmp_path):
 
 
 async def test_we_refuse_nodes_identity(pki, tmp_path):
-    with NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(30):
+    with NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(100):
         with pytest.raises(hbone.PeerIdentityMismatch):
             async with client_of(pki.client, node.port, expect="spiffe://cluster.local/ns/a/sa/b"):
                 pytest.fail("connected")
-    with NodePeer.server(tmp_path, pki.foreign_server) as node, trio.fail_after(30):
+    with NodePeer.server(tmp_path, pki.foreign_server) as node, trio.fail_after(100):
         with pytest.raises(hbone.ConnectFailed):
             async with client_of(pki.client, node.port):
                 pytest.fail("connected")
@@ -232,7 +232,7 @@ async def test_us_to_node_its_goaway_lets_our_transfer_finish(pki, tmp_path):
     with (
         Backend(send_then_receive(BULK)) as app,
         NodePeer.server(tmp_path, pki.server) as node,
-        trio.fail_after(60),
+        trio.fail_after(100),
     ):
         async with client_of(pki.client, node.port) as client, await client.open_tunnel(app.target) as tunnel:
             got = []
@@ -254,7 +254,7 @@ async def test_us_to_node_its_goaway_lets_our_transfer_finish(pki, tmp_path):
 
 
 async def test_us_to_node_our_reset_is_a_reset_of_the_backends(pki, tmp_path):
-    with Backend(send_then_receive(MIB)) as app, NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(30):
+    with Backend(send_then_receive(MIB)) as app, NodePeer.server(tmp_path, pki.server) as node, trio.fail_after(100):
         async with client_of(pki.client, node.port) as client:
             tunnel = await client.open_tunnel(app.target)
             await tunnel.send_all(b"half of it")

@@ -126,7 +126,7 @@ class Namespace:
             sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
             if mark:
                 set_mark(sock, mark)
-            sock.settimeout(10)
+            sock.settimeout(60)
             sock.connect((host, port))
             sock.setblocking(False)
             return sock

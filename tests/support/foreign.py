@@ -224,7 +224,7 @@ class Envoy(Process):
         )
         return cls(text, directory)
 
-    def _wait_ready(self, timeout: float = 30) -> None:
+    def _wait_ready(self, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
         while True:
             if self.popen.poll() is not None:
@@ -240,7 +240,7 @@ class Envoy(Process):
         """Asks the admin interface."""
         address = self._admin_file.read_text().strip()
         request = urllib.request.Request(f"http://{address}{path}", method=method)
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read().decode()
 
     def port(self, listener: str) -> int:
@@ -255,7 +255,7 @@ class Envoy(Process):
         lines = self.admin(f"/stats?filter=^{name}$").split("\n")
         return sum(int(line.rpartition(": ")[2]) for line in lines if ": " in line)
 
-    def wait_log(self, needle: str, timeout: float = 10) -> str:
+    def wait_log(self, needle: str, timeout: float = 60) -> str:
         """The access-log line with `needle`, as soon as it was flushed."""
         deadline = time.monotonic() + timeout
         while True:
@@ -359,7 +359,7 @@ class NodePeer(Process):
         self.popen.stdin.write(json.dumps({"do": do, **more}) + "\n")
         self.popen.stdin.flush()
 
-    def wait(self, event: str, *, timeout: float = 30, **fields: Any) -> dict[str, Any]:
+    def wait(self, event: str, *, timeout: float = 60, **fields: Any) -> dict[str, Any]:
         """Takes the first such event, waiting for it."""
         deadline = time.monotonic() + timeout
         at = 0
@@ -395,7 +395,7 @@ class Curl:
         handle.setopt(handle.PROXYTYPE, self.HTTPS2)
         handle.setopt(handle.HTTPPROXYTUNNEL, 1)
         handle.setopt(handle.NOPROXY, "")
-        handle.setopt(handle.TIMEOUT, 60)
+        handle.setopt(handle.TIMEOUT, 100)
         handle.setopt(handle.NOSIGNAL, 1)
         handle.setopt(handle.PROXY_CAINFO, str(leaf.roots))
         handle.setopt(handle.PROXY_SSLCERT, str(leaf.cert))

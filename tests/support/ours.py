@@ -26,7 +26,7 @@ __all__ = ["Serving", "against", "forward", "forwarding", "run", "serving", "svi
 T = TypeVar("T")
 
 #: No test here needs longer; one that hangs ends with a traceback of its own task.
-PATIENCE = 60.0
+PATIENCE = 100.0
 
 
 def svid(leaf: Leaf) -> Svid:

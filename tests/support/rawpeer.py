@@ -16,6 +16,7 @@ in each of the ways it can end (`reset`, `fin`, `close_notify`) and sending can 
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import ssl
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Ended", "RawListener", "RawPeer"]
 
-WAIT = 10.0
+WAIT = 60.0
 """Default bound of every wait, in seconds: reached only when the other side is wrong."""
 
 
@@ -285,7 +286,7 @@ class RawPeer:
         end: bool = True,
         frame_size: int = 16_384,
         pad: int | None = None,
-        timeout: float = 30,
+        timeout: float = WAIT,
     ) -> int:
         """Sends DATA within the other side's windows; returns how many bytes. Raises `TimeoutError` when starved."""
         deadline = time.monotonic() + timeout
@@ -454,8 +455,12 @@ class RawPeer:
         self._flush(time.monotonic() + WAIT)
 
     def fin(self) -> None:
-        """A bare FIN: no close_notify before it."""
-        self.sock.shutdown(socket.SHUT_WR)
+        """A bare FIN: no close_notify before it. Nothing when the other side was quicker with a reset."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
 
     def reset(self) -> None:
         """A TCP RST."""

@@ -203,7 +203,7 @@ async def test_a_slow_reader_costs_lines_not_the_event_loop() -> None:
             received.extend(data)
 
     with os.fdopen(writing, "wb", buffering=0) as pipe:
-        async with AccessLog(pipe, flush_interval=0.001, max_buffer=100_000) as log:
+        async with AccessLog(pipe, flush_interval=0.001, max_buffer=100_000, close_timeout=60) as log:
             for n in range(5000):  # far more than pipe and buffer hold; nobody reads yet
                 log.write(record(bytes_sent=n))
                 if n % 100 == 0:

@@ -22,7 +22,7 @@ from support import frames
 from support.backends import Backend, echo, generate, hold, pattern
 from support.certs import pki
 from support.frames import Code, Kind, Setting
-from support.rawpeer import Ended, RawPeer
+from support.rawpeer import WAIT, Ended, RawPeer
 
 import hbone
 
@@ -31,8 +31,13 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 MIB = 1 << 20
 MOST_GROWTH = 20 * MIB
 """RSS; the bound that is promised."""
-MOST_DELAY = 5.0
-"""Seconds that an honest client may wait for one answer while an attack runs: both share two cores with the test."""
+MOST_DELAY = 15.0
+"""Seconds that an honest client may wait for one answer while an attack runs: both share two cores with the test, and
+with whatever else runs there."""
+
+
+PATIENT = 3.0
+"""Seconds in which a client that is not stalled does what it has to, also when it shares its cores."""
 
 
 class Server:
@@ -53,7 +58,7 @@ class Server:
     def __exit__(self, *exc):
         self.process.stdin.close()
         try:
-            code = self.process.wait(10)
+            code = self.process.wait(WAIT)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
@@ -136,12 +141,12 @@ class Bystander:
 
     def __enter__(self):
         self._thread.start()
-        assert self.started.wait(10)
+        assert self.started.wait(WAIT)
         return self
 
     def __exit__(self, *exc):
         self._stop.set()
-        self._thread.join(20)
+        self._thread.join(WAIT)
         if exc[0] is None:
             if self.error is not None:
                 raise self.error
@@ -182,9 +187,9 @@ def flood(peer, raw, times, *, batch=100):
     return times
 
 
-def cut_off(peer, code=Code.ENHANCE_YOUR_CALM, timeout=10):
+def cut_off(peer, code=Code.ENHANCE_YOUR_CALM):
     """The abuser has lost its connection, with this word."""
-    peer.wait_end(timeout)
+    peer.wait_end()
     assert peer.goaway_code() == code
 
 
@@ -199,7 +204,7 @@ def test_rapid_reset():
                 break
         cut_off(peer)
         for seen in list(victim.connections):
-            assert seen.done.wait(10), "a connection to the backend outlived its session"
+            assert seen.done.wait(WAIT), "a connection to the backend outlived its session"
 
 
 @pytest.mark.wire("W-LIM-5")
@@ -264,7 +269,7 @@ FLOODS = {
 )
 @pytest.mark.wire("W-LIM-4", "W-LIM-6", "W-LIM-7", "W-LIM-10")
 def test_flood(kind, reading):
-    timeouts = {"ping_interval": 1.0, "ping_timeout": 2.0, "close": 0.5}
+    timeouts = {"ping_interval": 1.0, "ping_timeout": PATIENT, "close": 0.5}
     with under_attack(timeouts=timeouts) as (server, app), server.dial() as peer:
         peer.open()
         assert peer.tunnel(1, app.target) == 200
@@ -354,29 +359,35 @@ def test_window_overflow(stream):
 
 
 def test_more_data_than_the_window():
-    with under_attack() as (server, _), Backend(lambda sock, seen: time.sleep(20), receive_buffer=4096) as app:
+    stop = threading.Event()
+    with (
+        under_attack() as (server, _),
+        Backend(lambda sock, seen: stop.wait(WAIT), receive_buffer=4096) as app,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(stop.set)
         with server.dial() as peer:
             peer.open()
             assert peer.tunnel(1, app.target) == 200
             flood(peer, frames.data(1, bytes(16_384)), 4000, batch=16)
-            codes = [f.code for f in peer.log if f.kind in (Kind.RST_STREAM, Kind.GOAWAY)]
-            assert codes[0] in (Code.FLOW_CONTROL_ERROR, Code.ENHANCE_YOUR_CALM)
+            first = peer.wait_for(where=lambda f: f.kind in (Kind.RST_STREAM, Kind.GOAWAY))
+            assert first.code in (Code.FLOW_CONTROL_ERROR, Code.ENHANCE_YOUR_CALM)
 
 
 @pytest.mark.parametrize("bytes_sent", [b"", bytes.fromhex("16030106000100")], ids=["nothing", "half_a_hello"])
 @pytest.mark.wire("W-LIM-9")
 def test_stalled_handshakes(bytes_sent):
-    with under_attack(timeouts={"handshake": 1.0, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
+    with under_attack(timeouts={"handshake": PATIENT, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
         peers = [stack.enter_context(server.dial(handshake=False)) for _ in range(50)]
         for peer in peers:
             peer.sock.send(bytes_sent) if bytes_sent else None
         for peer in peers:
-            assert peer.wait_end(5) in ("eof", "reset", "alert", "close_notify")
+            assert peer.wait_end() in ("eof", "reset", "alert", "close_notify")
 
 
 @pytest.mark.parametrize("stage", ["nothing", "half_a_preface", "preface_only", "drip"])
 def test_stalled_preface(stage):
-    with under_attack(timeouts={"settings": 1.0, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
+    with under_attack(timeouts={"settings": PATIENT, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
         peers = [stack.enter_context(server.dial(quiet=True)) for _ in range(20)]
         raw = {"nothing": b"", "half_a_preface": frames.PREFACE[:12], "preface_only": frames.PREFACE}.get(stage)
         if raw is None:  # a byte now and then does not buy more time
@@ -384,17 +395,17 @@ def test_stalled_preface(stage):
                 for byte in frames.PREFACE + frames.settings()[:8]:
                     for peer in peers:
                         peer.send(bytes([byte]))
-                    time.sleep(0.06)
+                    time.sleep(PATIENT * 0.06)
         for peer in peers:
-            if raw:
-                peer.send(raw)
+            with contextlib.suppress(Ended):  # if it was quicker
+                peer.send(raw or b"")
         for peer in peers:
-            peer.wait_end(5)
+            peer.wait_end()
 
 
 @pytest.mark.wire("W-LIM-9")
 def test_no_connect_ever():
-    timeouts = {"first_request": 1.0, "close": 0.5}
+    timeouts = {"first_request": PATIENT, "close": 0.5}
     with under_attack(timeouts=timeouts) as (server, _), server.dial() as peer:
         peer.open()
         cut_off(peer, Code.NO_ERROR)
@@ -402,25 +413,25 @@ def test_no_connect_ever():
 
 @pytest.mark.wire("W-PING-3")
 def test_no_answer_to_ping():
-    timeouts = {"ping_interval": 0.3, "ping_timeout": 0.5, "close": 0.5}
+    timeouts = {"ping_interval": 0.3, "ping_timeout": PATIENT, "close": 0.5}
     with under_attack(timeouts=timeouts) as (server, app), server.dial() as peer:
-        peer.ack_pings = False
         peer.open()
         assert peer.tunnel(1, app.target) == 200
+        peer.ack_pings = False
         peer.wait_end()
 
 
 @pytest.mark.wire("W-LIM-7", "W-LIM-10")
 def test_a_peer_that_never_reads():
     # It asks for downloads without end, grants all the credit there is, and reads nothing.
-    timeouts = {"ping_interval": 1.0, "ping_timeout": 2.0, "close": 0.5}
+    timeouts = {"ping_interval": 1.0, "ping_timeout": PATIENT, "close": 0.5}
     with Backend(generate(64 * MIB)) as app, under_attack(timeouts=timeouts) as (server, _):
         with server.dial(receive_buffer=4096) as peer:
             peer.open({Setting.INITIAL_WINDOW_SIZE: 2**31 - 1, Setting.MAX_FRAME_SIZE: 2**24 - 1})
             peer.send(frames.window_update(0, 2**31 - 1 - 2**24))
             for stream in range(1, 101, 2):
                 peer.send(frames.connect(stream, app.target, end_stream=True))
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + WAIT
             while any(not seen.done.is_set() for seen in app.connections) or len(app.connections) < 50:
                 assert time.monotonic() < deadline, "its backends are still held"
                 time.sleep(0.05)
@@ -449,7 +460,7 @@ def test_ten_thousand_half_open_connections():
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     held = []
     try:
-        with under_attack(timeouts={"handshake": 3.0, "close": 0.5}) as (server, _):
+        with under_attack(timeouts={"handshake": PATIENT, "close": 0.5}) as (server, _):
             for n in range(10_000):
                 sock = socket.socket()
                 sock.setblocking(False)
@@ -458,7 +469,7 @@ def test_ten_thousand_half_open_connections():
                 held.append(sock)
                 if n % 500 == 499:
                     time.sleep(0.01)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + WAIT
             with contextlib.suppress(TimeoutError):  # a newcomer gets in as soon as the stalled ones time out
                 while time.monotonic() < deadline:
                     with contextlib.suppress(Ended, OSError), server.dial() as peer:
