@@ -38,7 +38,14 @@ import trio
 from hbone.address import Endpoint
 from hbone.admin import AdminServer, Readiness, json_response, logging_route, quit_route, standard_routes
 from hbone.certs import FileSvidSource, LocalCA, SvidManager, SvidState, local_ca_issuer
-from hbone.errors import CertificateUnavailable, ConfigError, ConfigFault, InvalidIdentity, ListenFailed
+from hbone.errors import (
+    CertificateUnavailable,
+    ConfigError,
+    ConfigFault,
+    InvalidIdentity,
+    ListenFailed,
+    MeshConfigError,
+)
 from hbone.mesh import Action, MeshState, TunnelProtocol
 from hbone.proxy._config_dump import config_dump
 from hbone.proxy._connections import ConnectionTable
@@ -105,6 +112,7 @@ class Node:
 
     Args:
         config: what it is told.
+        mesh: the mesh to begin with, instead of the one that `config` names; then it changes by `Node.mesh` only.
         access_log: one line for each connection; none without.
         metrics: where to count; its own when None.
         log_levels: what ``/logging`` changes; without, there is no such page.
@@ -125,6 +133,7 @@ class Node:
         self,
         config: NodeConfig,
         *,
+        mesh: MeshSnapshot | None = None,
         access_log: AccessLog | None = None,
         metrics: Metrics | None = None,
         log_levels: Levels | None = None,
@@ -141,6 +150,7 @@ class Node:
         self.addresses: dict[str, tuple[Endpoint, ...]] = {}
         self.ready = trio.Event()
         self.stop_requested = trio.Event()
+        self._given = mesh
         self._access_log = access_log
         self._log_levels = log_levels
         self._random = random
@@ -163,7 +173,7 @@ class Node:
             ListenFailed: some addresses cannot be listened on; has all of them.
         """
         self._began = trio.current_time()
-        self.config.check()
+        self.config.check(mesh=self._given is None)
         await self._load_mesh()
         self._make_parts()
         async with AsyncExitStack() as stack:
@@ -217,7 +227,9 @@ class Node:
 
     async def _load_mesh(self) -> None:
         config = self.config
-        if config.mesh is not None:
+        if self._given is not None:
+            self._coming.replace(self._given)
+        elif config.mesh is not None:
             from hbone.control import FileMeshSource  # type: ignore[attr-defined]
 
             self._source = FileMeshSource(
@@ -225,18 +237,24 @@ class Node:
             )
             await self._source.load()
         else:
-            from hbone.mesh import MeshSnapshot, parse_mesh  # type: ignore[attr-defined]
+            from hbone.mesh import parse_mesh
 
             assert config.mesh_text is not None
             parsed = await trio.to_thread.run_sync(partial(parse_mesh, config.mesh_text, source="LOCAL_XDS"))
-            parsed.check()
-            self._coming.replace(MeshSnapshot.build(parsed.workloads, parsed.services, parsed.policies))
+            if parsed.faults:
+                raise MeshConfigError(parsed.faults)
+            self._mesh_warnings(parsed.warnings)
+            self._coming.replace(parsed.snapshot())
         self.mesh.replace(self._coming.snapshot)
         _log.info("mesh loaded", extra={"fields": _counts(self.mesh.snapshot)})
 
     def _mesh_faults(self, faults: Iterable[object]) -> None:
         for fault in faults:
             _log.error("mesh file: %s", fault)
+
+    def _mesh_warnings(self, warnings: Iterable[object]) -> None:
+        for warning in warnings:
+            _log.warning("mesh file: %s", warning)
 
     async def _follow_mesh(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Takes over the newest snapshot that has come, when its policies are prepared."""

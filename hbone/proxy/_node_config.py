@@ -222,19 +222,18 @@ class NodeConfig:
             raise ConfigError(faults)
         return config
 
-    def check(self) -> None:
-        """See whether these settings go together.
+    def check(self, *, mesh: bool = True) -> None:
+        """See whether these settings go together; each of them can be used as it is.
+
+        Args:
+            mesh: whether they must name a mesh.
 
         Raises:
             ConfigError: with every reason why not.
         """
-        faults = self.faults()
+        faults = [fault for names, fault in _faults(self) if mesh or "mesh" not in names]
         if faults:
             raise ConfigError(faults)
-
-    def faults(self) -> tuple[ConfigFault, ...]:
-        """Why these settings do not go together; each of them can be used as it is."""
-        return tuple(fault for _, fault in _faults(self))
 
     # === for the parts of a node ===
 
