@@ -1,5 +1,6 @@
 """The mesh as values: what there is, an immutable picture of it with look-ups, and the file that it is written in."""
 
+from hbone.mesh._dump import dump_policy, dump_service, dump_workload
 from hbone.mesh._file import BrokenEntry, ParsedMesh, load_mesh, mesh_schema, parse_mesh, read_mesh_file
 from hbone.mesh._snapshot import MeshSnapshot
 from hbone.mesh._state import MeshState
@@ -69,6 +70,9 @@ __all__ = [
     "Visibility",
     "WeightedGateway",
     "Workload",
+    "dump_policy",
+    "dump_service",
+    "dump_workload",
     "load_mesh",
     "mesh_schema",
     "parse_mesh",
