@@ -5,14 +5,17 @@ The layers, lowest first; each imports only from below (``tests/test_layers.py``
     errors                   every exception
     identity, address        values
     protocol                 the wire, without I/O: engine, headers, PROXY protocol
+    mesh                     workloads, services, policies: values, a picture of them, the file
+    routing, rbac            where a connection goes, and whether it may: pure decisions
     tls                      SVIDs, whom we accept, the handshake's checks
     transport                sessions, tunnels, client, server, pool, relay on trio
     certs, telemetry, admin  where SVIDs come from; metrics and logs; the admin port
-    proxy                    the outbound and inbound proxies, to run or to embed
+    control                  where the picture of the mesh comes from
+    proxy                    the outbound and inbound proxies and the node, to run or to embed
     testing                  a mesh for tests, and the pytest plugin
 
-Everything most programs need is in this module. `hbone.telemetry`, `hbone.admin`, `hbone.proxy` and `hbone.testing`
-are imported only by who uses them.
+Everything most programs need is in this module. `hbone.mesh`, `hbone.routing`, `hbone.rbac`, `hbone.telemetry`,
+`hbone.admin`, `hbone.control`, `hbone.proxy` and `hbone.testing` are imported only by who uses them.
 
 Importing it loads nothing, each name loads its package when it is first used: every pytest run in an environment that
 has hbone imports its plugin, `hbone.testing.plugin`, and with it this module.
@@ -32,17 +35,24 @@ if TYPE_CHECKING:
     from hbone.certs import CaSvidSource as CaSvidSource
     from hbone.certs import FileSvidSource as FileSvidSource
     from hbone.certs import LocalCA as LocalCA
+    from hbone.certs import SvidManager as SvidManager
 
     # what can go wrong
     from hbone.errors import BadTarget as BadTarget
     from hbone.errors import CertificateUnavailable as CertificateUnavailable
+    from hbone.errors import ConfigError as ConfigError
+    from hbone.errors import ConfigFault as ConfigFault
     from hbone.errors import ConnectFailed as ConnectFailed
     from hbone.errors import HboneError as HboneError
     from hbone.errors import IdentityRefused as IdentityRefused
     from hbone.errors import InvalidAddress as InvalidAddress
     from hbone.errors import InvalidCertificate as InvalidCertificate
     from hbone.errors import InvalidIdentity as InvalidIdentity
+    from hbone.errors import ListenFailed as ListenFailed
     from hbone.errors import LocalProtocolError as LocalProtocolError
+    from hbone.errors import MeshConfigError as MeshConfigError
+    from hbone.errors import MeshFault as MeshFault
+    from hbone.errors import NoRoute as NoRoute
     from hbone.errors import PeerIdentityMismatch as PeerIdentityMismatch
     from hbone.errors import PolicyDenied as PolicyDenied
     from hbone.errors import ProtocolError as ProtocolError
@@ -85,12 +95,14 @@ if TYPE_CHECKING:
     from hbone.transport import HBONEServer as HBONEServer
     from hbone.transport import Observer as Observer
     from hbone.transport import Peer as Peer
+    from hbone.transport import PlainRelay as PlainRelay
     from hbone.transport import PoolLimits as PoolLimits
     from hbone.transport import PoolStatistics as PoolStatistics
     from hbone.transport import RelayResult as RelayResult
     from hbone.transport import ServerStatistics as ServerStatistics
     from hbone.transport import Session as Session
     from hbone.transport import SessionStatistics as SessionStatistics
+    from hbone.transport import SocketOptions as SocketOptions
     from hbone.transport import TargetRule as TargetRule
     from hbone.transport import Timeouts as Timeouts
     from hbone.transport import Tunnel as Tunnel
@@ -132,6 +144,8 @@ __all__ = [
     "BaseObserver",
     "CaSvidSource",
     "CertificateUnavailable",
+    "ConfigError",
+    "ConfigFault",
     "ConnectFailed",
     "ConnectRequest",
     "ConnectResponse",
@@ -154,12 +168,17 @@ __all__ = [
     "InvalidCertificate",
     "InvalidIdentity",
     "Limits",
+    "ListenFailed",
     "LocalCA",
     "LocalProtocolError",
+    "MeshConfigError",
+    "MeshFault",
+    "NoRoute",
     "Observer",
     "Peer",
     "PeerIdentityMismatch",
     "PeerPolicy",
+    "PlainRelay",
     "PolicyDenied",
     "PoolLimits",
     "PoolStatistics",
@@ -171,9 +190,11 @@ __all__ = [
     "Session",
     "SessionClosed",
     "SessionStatistics",
+    "SocketOptions",
     "SpiffeIdentity",
     "StreamRefused",
     "Svid",
+    "SvidManager",
     "SvidSource",
     "TargetRule",
     "Timeouts",
