@@ -61,7 +61,7 @@ def retry_delay(failures: int, chance: float) -> float:
     """
     longest = _LAST_RETRY / (1 + _SPREAD)
     base = min(longest, _FIRST_RETRY * 2.0 ** min(failures - 1, 20))
-    return base * (1 - _SPREAD + 2 * _SPREAD * chance)
+    return min(_LAST_RETRY, base * (1 - _SPREAD + 2 * _SPREAD * chance))
 
 
 def local_ca_issuer(ca: LocalCA, *, ttl: timedelta = DEFAULT_TTL) -> Callable[[SpiffeIdentity], Awaitable[Svid]]:
@@ -119,6 +119,7 @@ class _Entry:
     """One identity."""
 
     __slots__ = (
+        "again",
         "changed",
         "due",
         "expires",
@@ -143,6 +144,8 @@ class _Entry:
         self.ticket = -1
         self.fetching: trio.CancelScope | None = None
         self.forgotten = False
+        self.again = False
+        """What is under way may have come too early."""
         self.changed = trio.Event()
 
     def tell(self) -> None:
@@ -322,9 +325,13 @@ class SvidManager:
         The one in use stays until the new one is there. Does nothing for one that is not wanted.
         """
         entry = self._entries.get(identity)
-        if entry is not None and entry.fetching is None:
-            urgency = _Urgency.NEW if entry.usable(self._now()) is None else _Urgency.RENEWAL
-            self._schedule(entry, urgency, self._now())
+        if entry is None:
+            return
+        if entry.fetching is not None:
+            entry.again = True
+            return
+        urgency = _Urgency.NEW if entry.usable(self._now()) is None else _Urgency.RENEWAL
+        self._schedule(entry, urgency, self._now())
 
     def states(self) -> tuple[SvidStatus, ...]:
         """Each identity, in the order in which they were first wanted."""
@@ -407,6 +414,9 @@ class SvidManager:
             self._take(entry, svid)
         else:
             self._failed(entry, problem)
+        if entry.again:
+            entry.again = False
+            self.renew(entry.identity)
         entry.tell()
         if self._on_change is not None:
             try:

@@ -454,8 +454,6 @@ class PlainRelay:
             self._finish()
 
     def _finish(self) -> None:
-        if self.over:
-            return
         self.over = True
         self._downstream.unwatch()
         self._upstream.unwatch()
