@@ -64,16 +64,13 @@ def config_dump(
 
 def mesh_json(snapshot: MeshSnapshot) -> Json:
     """What is known of the mesh, and what of it was written in the mesh file."""
-    from hbone.mesh import dump_policy, dump_service, dump_workload  # type: ignore[attr-defined]
+    from hbone.mesh import dump_policy, dump_service, dump_workload
 
     policies, workloads, services = snapshot.policies, snapshot.workloads, snapshot.services
     by_hostname = sorted(services, key=lambda key: (key.hostname, key.namespace))
     return {
         "policies": (dump_policy(policies[key]) for key in sorted(policies)),
-        "services": (
-            {**dump_service(services[key]), "endpoints": _endpoints(snapshot.endpoints(services[key]))}
-            for key in by_hostname
-        ),
+        "services": (dump_service(services[key], snapshot.endpoints(services[key])) for key in by_hostname),
         "stagedServices": {str(key): _endpoints(staged) for key, staged in snapshot.staged_endpoints.items()},
         "staticConfig": {
             "policies": map(dump_policy, policies.values()),
@@ -181,6 +178,7 @@ def config_json(config: NodeConfig) -> Json:
         "connectionWindowSize": config.connection_window,
         "crlPath": None,
         "dnsProxy": False,
+        "dnsProxyAddr": None,
         "enableEnhancedBaggage": config.response_baggage,
         "fakeCa": config.fake_ca,
         "fakeSelfInbound": False,
@@ -190,6 +188,8 @@ def config_json(config: NodeConfig) -> Json:
         "illegalPorts": sorted(illegal),
         "inboundAddr": _bound(config.inbound, config),
         "inboundPlaintextAddr": _bound(config.plaintext, config),
+        "inpodPortReuse": False,
+        "inpodUds": None,
         "ipv6Enabled": config.ipv6,
         "localNode": config.node_name,
         "localXdsPath": _text(config.mesh),
