@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
-# Deadlines measure the machine, not the code.
-settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+# Deadlines and the speed of drawing measure the machine, not the code.
+settings.register_profile(
+    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
 settings.register_profile(
     "fuzz",
     derandomize=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,15 @@ class Files:
         self.reloaded: list[Svid] = []
         self.errors: list[str] = []
         self.now = NOW
+        self._written = 0
         self.write(make(root(), WEB))
 
     def write(self, made: Made) -> Made:
-        self.roots.write_bytes(root().cert_pem)
-        self.key.write_bytes(made.key_pem)
-        self.cert.write_bytes(made.chain_pem)
+        self._written += 1
+        for path, content in ((self.roots, root().cert_pem), (self.key, made.key_pem), (self.cert, made.chain_pem)):
+            path.write_bytes(content)
+            # The kernel's time stamps may be as coarse as 10 ms: no two of ours are to be the same.
+            os.utime(path, (self._written, self._written))
         return made
 
     def source(self, **options: Any) -> FileSvidSource:

@@ -8,6 +8,7 @@ with Backend(sink) as app:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -151,8 +152,8 @@ class Backend:
                 self._habit(sock, seen)
         except (ConnectionResetError, BrokenPipeError):
             seen.finish("reset")
-        except OSError:
-            seen.finish("error")
+        except OSError as error:
+            seen.finish("reset" if error.errno == errno.ENOTCONN else "error")  # shutdown() says it so
         finally:
             seen.done.set()
 
