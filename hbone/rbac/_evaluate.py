@@ -197,26 +197,26 @@ def policies_for(policies: Mapping[str, AuthorizationPolicy], workload: Workload
 
 
 def decide(
-    policies: tuple[tuple[str, AuthorizationPolicy], ...], matches: Callable[[AuthorizationPolicy], bool]
+    policies: tuple[tuple[str, AuthorizationPolicy], ...], matches: Callable[[str, AuthorizationPolicy], bool]
 ) -> Verdict:
     """The verdict of some policies, when asking whether one matches is left to the caller."""
     dry_run = [
         DryRunMatch(key, Action.DENY)
         for key, policy in policies
-        if policy.dry_run and policy.action is Action.DENY and matches(policy)
+        if policy.dry_run and policy.action is Action.DENY and matches(key, policy)
     ]
     for key, policy in policies:
-        if not policy.dry_run and policy.action is Action.DENY and matches(policy):
+        if not policy.dry_run and policy.action is Action.DENY and matches(key, policy):
             return Verdict(False, key, f"explicitly denied by: {key}", tuple(dry_run))
     dry_run += [
         DryRunMatch(key, Action.ALLOW)
         for key, policy in policies
-        if policy.dry_run and policy.action is Action.ALLOW and matches(policy)
+        if policy.dry_run and policy.action is Action.ALLOW and matches(key, policy)
     ]
     verdict = NO_ALLOW
     for key, policy in policies:
         if not policy.dry_run and policy.action is Action.ALLOW:
-            if matches(policy):
+            if matches(key, policy):
                 return Verdict(True, key, f"allowed by: {key}", tuple(dry_run))
             verdict = NONE_ALLOWED
     return Verdict(verdict.allowed, None, verdict.reason, tuple(dry_run)) if dry_run else verdict
@@ -231,4 +231,4 @@ def authorize(snapshot: HasPolicies, workload: Workload, flow: Flow) -> Verdict:
         flow: the connection.
     """
     found = policies_for(snapshot.policies, workload)
-    return decide(found.policies, lambda policy: _policy_matches(policy, flow))
+    return decide(found.policies, lambda _, policy: _policy_matches(policy, flow))
