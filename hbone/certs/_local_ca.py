@@ -7,6 +7,8 @@ fresh keys: they exist in memory only, unless written.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import trio
 import trustme
@@ -84,7 +86,8 @@ class LocalCA:
     def create(cls, directory: StrPath, *, trust_domain: TrustDomain | str = "cluster.local") -> LocalCA:
         """Make a new CA and keep it, with its key, in a new directory that only we can read.
 
-        The directory appears complete or not at all.
+        The directory appears complete or not at all. Where there is an empty one that cannot be replaced, since it is
+        a mount point or its parent is not ours, it is filled under a lock, and the root comes last.
 
         Raises:
             InvalidIdentity: the trust domain is none.
@@ -106,12 +109,10 @@ class LocalCA:
                 shutil.rmtree(making, ignore_errors=True)
                 raise
         except OSError as problem:
-            if (target / ROOT_FILE).exists():
-                raise InvalidCertificate(
-                    f"{target}: holds a CA already; open that one, or choose another directory"
-                ) from None
-            why = problem.strerror or type(problem).__name__
-            raise InvalidCertificate(f"{target}: no CA can be made here: {why}; choose a new directory") from None
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) and _is_empty(target):
+                _fill(target, files)
+            else:
+                _refuse_to_create(target, problem)
         return _decode(root, key, domain.name.encode(), target)
 
     @classmethod
@@ -331,6 +332,40 @@ def _decode(root: bytes, key: bytes, trust_domain: bytes, path: Path) -> LocalCA
     except ValueError as problem:
         raise InvalidCertificate(f"{path / TRUST_DOMAIN_FILE}: {problem}; write the name of the trust domain") from None
     return LocalCA(certificate, private_key, domain)
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether nothing is in there but what a creator that died has left, and what file systems put there."""
+    ours = (ROOT_FILE, ROOT_KEY_FILE, TRUST_DOMAIN_FILE)
+    expected = ("lost+found", *ours[1:])
+    drafts = tuple(f".{name}." for name in ours)
+    try:
+        return all(path.name in expected or path.name.startswith(drafts) for path in directory.iterdir())
+    except OSError:
+        return False
+
+
+def _fill(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write a CA into a directory that is there; of several at once, one does."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if (directory / ROOT_FILE).exists():
+                raise FileExistsError
+            for name in sorted(files, key=lambda name: name == ROOT_FILE):  # who finds the root finds all
+                _replace(directory / name, files[name])
+        finally:
+            os.close(descriptor)
+    except OSError as problem:
+        _refuse_to_create(directory, problem)
+
+
+def _refuse_to_create(directory: Path, problem: OSError) -> NoReturn:
+    if (directory / ROOT_FILE).exists():
+        raise InvalidCertificate(f"{directory}: holds a CA already; open that one, or choose another directory")
+    why = problem.strerror or type(problem).__name__
+    raise InvalidCertificate(f"{directory}: no CA can be made here: {why}; choose a new directory") from None
 
 
 def _trust_domain(value: TrustDomain | str) -> TrustDomain:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
 import stat
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -182,6 +186,72 @@ def test_many_openers_share_one_ca(tmp_path: Path) -> None:
         cas = list(pool.map(LocalCA.open_or_create, [tmp_path / "ca"] * 24))
     assert len({ca.roots for ca in cas}) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["ca"]
+
+
+def test_processes_that_start_at_the_same_moment_share_one_ca(tmp_path: Path) -> None:
+    program = (
+        "import sys; from hbone.certs import LocalCA; print('ready', flush=True); sys.stdin.readline();"
+        "print(LocalCA.open_or_create(sys.argv[1]).roots[0].serial_number)"
+    )
+    argv = [sys.executable, "-c", program, str(tmp_path / "ca")]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for _ in range(3)
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        answers = [process.communicate(timeout=60)[0] for process in processes]
+    assert set(answers) == {f"{LocalCA.open(tmp_path / 'ca').roots[0].serial_number}\n"}
+    assert [path.name for path in tmp_path.iterdir()] == ["ca"]
+
+
+class TestADirectoryThatCannotBeReplaced:
+    """A mount point, or one in a directory of somebody else."""
+
+    @pytest.fixture(autouse=True)
+    def a_mount_point(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        def busy(self: Path, target: Path) -> Path:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        monkeypatch.setattr(Path, "rename", busy)
+        (tmp_path / "ca").mkdir()
+        return tmp_path / "ca"
+
+    def test_is_filled_when_it_is_empty(self, a_mount_point: Path) -> None:
+        (a_mount_point / "lost+found").mkdir()
+        (a_mount_point / "root-key.pem").write_text("left by one that died")
+        (a_mount_point / ".root.pem.0123").write_text("left by one that died")
+        made = LocalCA.create(a_mount_point)
+        assert LocalCA.open_or_create(a_mount_point).roots == made.roots
+        assert {mode(a_mount_point / name) for name in ("root.pem", "root-key.pem", "trust-domain")} == {0o600}
+        with pytest.raises(InvalidCertificate, match="holds a CA already"):
+            LocalCA.create(a_mount_point)
+
+    def test_is_left_alone_when_it_is_not(self, a_mount_point: Path) -> None:
+        (a_mount_point / "something").touch()
+        with pytest.raises(InvalidCertificate, match=r"no CA can be made here: Device or resource busy"):
+            LocalCA.create(a_mount_point)
+        assert [path.name for path in a_mount_point.iterdir()] == ["something"]
+
+    def test_many_openers_share_one_ca(self, a_mount_point: Path) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            cas = list(pool.map(LocalCA.open_or_create, [a_mount_point] * 24))
+        assert len({ca.roots for ca in cas}) == 1
+        assert sorted(path.name for path in a_mount_point.iterdir()) == ["root-key.pem", "root.pem", "trust-domain"]
+
+    def test_that_cannot_be_written_to(self, a_mount_point: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(path: Path, content: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(module, "_replace", full)
+        with pytest.raises(InvalidCertificate, match=r"no CA can be made here: No space left"):
+            LocalCA.open_or_create(a_mount_point)
 
 
 def test_a_creator_that_comes_second_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
