@@ -66,8 +66,8 @@ def bind_foreign(sock: socket.socket, ip: IPAddress) -> bool:
     """Bind to an address that need not be this machine's, with any port.
 
     Returns:
-        Whether that worked. Otherwise `sock` is as it was, and the first time a warning says why: the connection
-        then comes from an address of this machine.
+        Whether that worked. Otherwise `sock` is not bound, and the first time a warning says why: the connection then
+        comes from an address of this machine.
     """
     try:
         set_transparent(sock)
