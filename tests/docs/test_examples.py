@@ -49,6 +49,10 @@ def test_example_passes(file: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = False  # so that its end waits for those of its connections
+
+
 class Greeter(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
@@ -62,7 +66,7 @@ class Greeter(BaseHTTPRequestHandler):
 def test_example_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     example = runpy.run_path(str(EXAMPLES / "without_pytest.py"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Greeter) as server:
+    with Server(("127.0.0.1", 0), Greeter) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         assert example["ask_through_a_pair"](server.server_port) == b"hello\n"

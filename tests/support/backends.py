@@ -116,9 +116,10 @@ class Backend:
         self.target = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
         self.connections: list[Seen] = []
         self._arrived = threading.Condition()
+        self._accepting = threading.Thread(target=self._accept, name="backend", daemon=True)
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._accept, name="backend", daemon=True).start()
+        self._accepting.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -126,6 +127,7 @@ class Backend:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+        self._accepting.join(5)  # what it accepted last belongs to those that are ended here
         for seen in self.connections:
             if seen.sock is not None:
                 with contextlib.suppress(OSError):

@@ -80,8 +80,12 @@ def app() -> Iterator[socket.socket]:
 def web_app() -> Iterator[int]:
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False  # so that its end waits for those of its connections
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = WAIT
 
         def do_GET(self) -> None:
             body = f"{self.path}\n".encode()
@@ -93,7 +97,7 @@ def web_app() -> Iterator[int]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server.server_port

@@ -9,6 +9,7 @@ woken and has not run yet. The order in which trio runs tasks is drawn from a fi
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,23 @@ class CancelAtStep(trio.abc.Instrument):
                 self._scope.cancel()
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def what_is_there() -> tuple[int, int]:
+    """Open files, and tasks."""
+    return len(list(Path("/proc/self/fd").iterdir())), trio.lowlevel.current_statistics().tasks_living
+
+
+async def what_is_left(expected: tuple[int, int] | None) -> tuple[int, int]:
+    """`what_is_there` once it is as expected, or has not changed for a while.
+
+    What is under way in the kernel, from socket to socket, is no task that `wait_all_tasks_blocked` would wait for.
+    """
+    left, same = (0, 0), 0
+    while left != expected and same < (3 if expected is None else 200):
+        await trio.sleep(0.01 if same else 0)
+        await trio.testing.wait_all_tasks_blocked()
+        before, left = left, what_is_there()
+        same = same + 1 if left == before else 0
+    return left
 
 
 async def everywhere(
@@ -91,7 +107,8 @@ async def everywhere(
     What is cancelled may see another part of it break, instead of or besides its own cancellation.
     """
     main = trio.lowlevel.current_task()
-    files = tasks = 0
+    gc.collect()
+    normal: tuple[int, int] | None = None
     for step in range(MOST_STEPS):
         with trio.fail_after(WAIT):
             if before is not None:
@@ -115,12 +132,11 @@ async def everywhere(
                 nursery.start_soon(run)
             trio.lowlevel.remove_instrument(instrument)
             await check()
-            await trio.testing.wait_all_tasks_blocked()
-            left = (open_files(), trio.lowlevel.current_statistics().tasks_living)
-        if step == 0:  # not cancelled: what stays is there to stay
+            left = await what_is_left(normal)
+        if normal is None:  # not cancelled: what stays is there to stay
             assert completed
-            files, tasks = left
-        assert left == (files, tasks), f"left behind at step {step}: {left}, before: {(files, tasks)}"
+            normal = left
+        assert left == normal, f"left behind at step {step}: {left}, before: {normal}"
         if step and completed and not scope.cancel_called:
             return step
     raise AssertionError("it never completes")
