@@ -1,3 +1,5 @@
 """Where the picture of the mesh comes from."""
 
-__all__: list[str] = []
+from hbone.control._file import FileMeshSource, FileMeshStatus
+
+__all__ = ["FileMeshSource", "FileMeshStatus"]

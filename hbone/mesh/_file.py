@@ -20,7 +20,7 @@ from hbone.mesh._values import AuthorizationPolicy, NamespacedHostname, NetworkA
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from hbone.mesh._file_yaml import Path, Place, RawEntry
     from hbone.mesh._values import GatewayAddress
@@ -31,6 +31,7 @@ MAX_MESH_FILE: Final = 64 * 1024 * 1024
 """The largest mesh file that is read, in bytes: more than 100 000 workloads."""
 MAX_FAULTS: Final = 1000
 """How many faults are told apart, and how many warnings."""
+_ENTRIES_A_PAUSE: Final = 10
 
 _Value: TypeAlias = Workload | Service | AuthorizationPolicy
 _Target: TypeAlias = "tuple[str, object]"
@@ -169,15 +170,22 @@ def read_mesh_file(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-def parse_mesh(text: str | bytes, *, source: str = "<mesh>") -> ParsedMesh:
+def parse_mesh(
+    text: str | bytes,
+    *,
+    source: str = "<mesh>",
+    previous: MeshSnapshot | None = None,
+    pause: Callable[[], object] | None = None,
+) -> ParsedMesh:
     """Read the text of a mesh file: YAML, or JSON, which is YAML too. Never raises for what is in it.
-
-    Takes about a second for 10 000 workloads, in steps of well under a millisecond: a thread that runs beside it gets
-    the interpreter whenever it asks.
 
     Args:
         text: the text; bytes are UTF-8, or UTF-16 with a byte order mark.
         source: what the faults call it: the file.
+        previous: what equals something in it is the same object then, so that a large file that changed a little
+            leaves little behind.
+        pause: called about every millisecond of work. In a thread beside an event loop let it sleep a moment, to give
+            the loop the interpreter.
     """
     try:
         data = text.encode() if isinstance(text, str) else text
@@ -188,7 +196,7 @@ def parse_mesh(text: str | bytes, *, source: str = "<mesh>") -> ParsedMesh:
         return ParsedMesh(source=source, faults=(fault,), readable=False)
     if len(data) > MAX_MESH_FILE:
         return ParsedMesh(source=source, faults=(_too_large(source),), readable=False)
-    return _Parser(source).parse(data)
+    return _Parser(source, previous or MeshSnapshot(), pause).parse(data)
 
 
 def _too_large(source: str) -> MeshFault:
@@ -236,8 +244,14 @@ class _Faults:
 class _Parser:
     """One reading of one file."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, previous: MeshSnapshot, pause: Callable[[], object] | None) -> None:
         self._source = source
+        self._previous: dict[str, Mapping[Any, Any]] = {
+            "workloads": previous.workloads,
+            "services": previous.services,
+            "policies": previous.policies,
+        }
+        self._pause = pause
         self._faults = _Faults(source)
         self._warnings = _Faults(source)
         self._broken: list[BrokenEntry] = []
@@ -257,7 +271,9 @@ class _Parser:
         from hbone.mesh._file_yaml import Unreadable, entries_of
 
         readable = True
-        for entry in entries_of(data, tuple(self._found)):
+        for number, entry in enumerate(entries_of(data, tuple(self._found))):
+            if self._pause is not None and number % _ENTRIES_A_PAUSE == 0:
+                self._pause()
             if isinstance(entry, Unreadable):
                 readable = False
                 self._faults.add(entry.place, entry.path, entry.message)
@@ -303,7 +319,8 @@ class _Parser:
             first = self._lines[entry.section, key]
             self._faults.add(entry.place(), entry.spell(), f"{str(key)!r} is there twice; the first is in line {first}")
             return
-        found[key] = value
+        old = self._previous[entry.section].get(key)
+        found[key] = value = old if old == value else value
         self._lines[entry.section, key] = entry.place()[0]
         self._note_references(entry, value)
 

@@ -12,6 +12,7 @@ import difflib
 import re
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
@@ -53,7 +54,7 @@ from hbone.mesh._values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from hbone.mesh._file_yaml import Path
 
@@ -112,7 +113,6 @@ def _flag(value: object) -> bool:
     raise _expected("true or false", value)
 
 
-@lru_cache(maxsize=4096)
 def _parse_ip(text: str) -> IPv4Address | IPv6Address:
     ip = ip_address(text)
     if isinstance(ip, IPv6Address):
@@ -151,7 +151,7 @@ def _cidr(value: object) -> IPv4Network | IPv6Network:
     raise _expected("a range of addresses such as 10.0.0.0/8 or fd00::/8", value)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)
 def _parse_hostname(text: str) -> NamespacedHostname | None:
     namespace, _, hostname = text.partition("/")
     hostname = hostname.lower().removesuffix(".")
@@ -401,17 +401,33 @@ class WorkloadEntry(Entry):
             authorization_policies=tuple(self.authorization_policies),
             status=self.status,
             cluster_id=cluster_id,
-            locality=Locality()
-            if locality is None
-            else Locality(region=locality.region, zone=locality.zone, subzone=locality.subzone),
+            locality=_NOWHERE if locality is None else _locality(locality.region, locality.zone, locality.subzone),
             capacity=self.capacity,
-            services=self.services,
+            services=_services(tuple([(key, tuple(ports.items())) for key, ports in self.services.items()])),
         )
         try:
             _ = workload.identity
         except InvalidIdentity:
             _complain_of_identity(workload, complain)
         return workload
+
+
+# Many workloads are in one place, and are endpoints of the same services. What they share, the garbage collector has to
+# look at only once.
+
+_NOWHERE: Final = Locality()
+
+
+@lru_cache(maxsize=16384)
+def _locality(region: str, zone: str, subzone: str) -> Locality:
+    return Locality(region=region, zone=zone, subzone=subzone)
+
+
+@lru_cache(maxsize=16384)
+def _services(
+    services: tuple[tuple[NamespacedHostname, tuple[tuple[int, int], ...]], ...],
+) -> Mapping[NamespacedHostname, Mapping[int, int]]:
+    return MappingProxyType({key: MappingProxyType(dict(ports)) for key, ports in services})
 
 
 def workload_uid(cluster_id: str, namespace: str, name: str) -> str:
