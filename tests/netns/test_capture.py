@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from support.namespaces import MARK, Namespace, accept, made_namespace, skip_unless_possible
 from support.tcp import receive_all
 
 from hbone.errors import ConnectFailed
 from hbone.proxy._ways import BadHandshake, SilentWayIn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import socket
+    from collections.abc import Iterator
 
 if sys.platform != "linux":
     pytest.skip("network namespaces are for Linux", allow_module_level=True)
 
 from hbone.proxy._ways._capture import accept_captured
-from hbone.transport import set_mark, set_transparent
 
-if os.geteuid() != 0:
-    pytest.skip("network namespaces need root", allow_module_level=True)
-for program in ("ip", "iptables", "ip6tables"):
-    if shutil.which(program) is None:
-        pytest.skip(f"the program {program} is not installed", allow_module_level=True)
+skip_unless_possible()
 
 pytestmark = pytest.mark.netns
 
-T = TypeVar("T")
 PORT = 15001
-MARK = 0x539
-CLONE_NEWNET = 0x4000_0000
 
 # 10.99.9.0/24 and fd99::/64 are redirected; 10.99.7.1 as well, but it is also an address of this machine;
 # 10.99.8.0/24 and fd98::/64 go through TPROXY.
@@ -65,95 +52,19 @@ ip6tables -w -t mangle -A PREROUTING -p tcp -d fd98::/64 -j TPROXY --on-port {PO
 """
 
 
-class Namespace:
-    """A network namespace. Sockets stay in the namespace in which they were made, whoever uses them."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def run(self, command: str) -> None:
-        done = subprocess.run(["ip", "netns", "exec", self.name, *command.split()], capture_output=True, text=True)
-        if done.returncode:
-            pytest.fail(f"{command}: {done.stderr}")
-
-    def call(self, function: Callable[[], T]) -> T:
-        """Calls `function` in a thread that lives in the namespace."""
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                with Path(f"/run/netns/{self.name}").open("rb") as file:
-                    libc = ctypes.CDLL(None, use_errno=True)
-                    if libc.setns(file.fileno(), CLONE_NEWNET):
-                        raise OSError(ctypes.get_errno(), "setns")
-                results.append(function())
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
-
-    def accept_captured(self, sock: socket.socket) -> SilentWayIn:
-        """In the namespace, as a proxy would be: whose address a destination is, is asked there."""
-
-        async def work() -> SilentWayIn:
-            return await accept_captured(sock, own_ports={PORT})
-
-        return self.call(lambda: trio.run(work))
-
-    def listener(self, host: str, port: int = PORT, *, transparent: bool = False) -> socket.socket:
-        def make() -> socket.socket:
-            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if sock.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            if transparent:
-                set_transparent(sock)
-            sock.bind((host, port))
-            sock.listen()
-            sock.setblocking(False)
-            return sock
-
-        return self.call(make)
-
-    def dial(self, host: str, port: int, *, mark: int = 0) -> trio.SocketStream:
-        def make() -> socket.socket:
-            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            if mark:
-                set_mark(sock, mark)
-            sock.settimeout(60)
-            sock.connect((host, port))
-            sock.setblocking(False)
-            return sock
-
-        return trio.SocketStream(trio.socket.from_stdlib_socket(self.call(make)))
-
-
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[Namespace]:
-    name = f"hbone-capture-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"this machine makes no network namespaces: {made.stderr.strip()}")
-    try:
-        namespace = Namespace(name)
-        for command in SETUP.strip().splitlines():
-            namespace.run(command)
+    with made_namespace("capture", SETUP) as namespace:
         yield namespace
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
-async def accept(listener: socket.socket) -> socket.socket:
-    await trio.lowlevel.wait_readable(listener)
-    sock, _ = listener.accept()
-    sock.setblocking(False)
-    return sock
+def accepted_in(namespace: Namespace, sock: socket.socket) -> SilentWayIn:
+    """In the namespace, as a proxy would be: whose address a destination is, is asked there."""
+
+    async def work() -> SilentWayIn:
+        return await accept_captured(sock, own_ports={PORT})
+
+    return namespace.call(lambda: trio.run(work))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +81,7 @@ async def accept(listener: socket.socket) -> socket.socket:
     ids=lambda value: str(value),
 )
 async def test_the_original_destination(namespace: Namespace, bind: str, host: str, transparent: bool) -> None:
-    with namespace.listener(bind, transparent=transparent) as listener:
+    with namespace.listener(bind, PORT, transparent=transparent) as listener:
         async with namespace.dial(host, 80) as application:
             way = await accept_captured(await accept(listener), own_ports={PORT})
             assert (way.target.host, way.target.port) == (host, 80)
@@ -184,7 +95,7 @@ async def test_the_original_destination(namespace: Namespace, bind: str, host: s
 
 
 async def test_a_failure_is_a_reset(namespace: Namespace) -> None:
-    with namespace.listener("0.0.0.0") as listener:
+    with namespace.listener("0.0.0.0", PORT) as listener:
         async with namespace.dial("10.99.9.9", 80) as application:
             way = await accept_captured(await accept(listener), own_ports={PORT})
             await way.failed(ConnectFailed("no"))
@@ -194,26 +105,26 @@ async def test_a_failure_is_a_reset(namespace: Namespace) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.99.7.1", "::1"])
 async def test_a_connection_straight_to_the_proxy_is_no_loop(namespace: Namespace, host: str) -> None:
-    with namespace.listener("::", transparent=True) as listener:
+    with namespace.listener("::", PORT, transparent=True) as listener:
         async with namespace.dial(host, PORT) as application:
             sock = await accept(listener)
             with pytest.raises(BadHandshake, match="this proxy itself"):
-                namespace.accept_captured(sock)
+                accepted_in(namespace, sock)
             with pytest.raises(trio.BrokenResourceError):
                 await application.receive_some()
 
 
 async def test_the_same_port_elsewhere_is_a_target_like_others(namespace: Namespace) -> None:
-    with namespace.listener("0.0.0.0") as listener:
+    with namespace.listener("0.0.0.0", PORT) as listener:
         async with namespace.dial("10.99.9.9", PORT):
             sock = await accept(listener)
-            way = namespace.accept_captured(sock)
+            way = accepted_in(namespace, sock)
             assert str(way.target) == f"10.99.9.9:{PORT}"
             sock.close()
 
 
 async def test_the_mark_gets_the_proxys_own_connections_past_the_rules(namespace: Namespace) -> None:
-    with namespace.listener("0.0.0.0") as proxy, namespace.listener("10.99.7.1", 80) as application:
+    with namespace.listener("0.0.0.0", PORT) as proxy, namespace.listener("10.99.7.1", 80) as application:
         async with namespace.dial("10.99.7.1", 80, mark=MARK):
             (await accept(application)).close()
         async with namespace.dial("10.99.7.1", 80):
