@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "inbound": "hbone_cli._inbound",
     "outbound": "hbone_cli._outbound",
     "connect": "hbone_cli._connect",
+    "mesh": "hbone_cli._mesh",
     "ca": "hbone_cli._ca",
     "demo": "hbone_cli._demo",
     "demo-node": "hbone_cli._demo_node",
