@@ -129,11 +129,8 @@ def _traits(preferences: tuple[RoutingPreference, ...]) -> Callable[[Workload], 
 
 def port_of(service: Service, endpoint: ServiceEndpoint, workload: Workload, port: int) -> int | None:
     """The port of an endpoint that stands behind a port of its service; None when there is none."""
-    own = endpoint.ports.get(port)
-    if own is not None:
-        return own
-    target = service.ports.get(port, 0)
-    if target > 0:
+    target = endpoint.ports.get(port) or service.ports.get(port)
+    if target:
         return target
     tunnel = workload.application_tunnel
     return port if tunnel is not None and tunnel.port is not None else None
@@ -197,7 +194,7 @@ def _usable(
             continue
         if not workload.addresses and not _reachable_without_address(workload, network):
             continue
-        if named and not (_serves(service, endpoint, workload, port) if waypoint else port in endpoint.ports):
+        if named and not (_serves(service, endpoint, workload, port) if waypoint else endpoint.ports.get(port)):
             continue
         found.append((endpoint, workload))
     return found

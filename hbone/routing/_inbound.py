@@ -9,7 +9,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Final
 
-from hbone.address import Endpoint
+from hbone.address import MAX_PORT, Endpoint
 from hbone.mesh import ApplicationTunnelProtocol, NetworkAddress, Workload
 from hbone.routing._values import InboundRoute, NoInboundRoute
 
@@ -80,6 +80,10 @@ def route_inbound(
             note(f"{workload.key} has an application tunnel at port {port}, whatever port was asked for")
         if port in config.illegal_ports:
             return NoInboundRoute(status=_UNAVAILABLE, reason=_circle(dialled.ip, port))
+    if not 0 < port <= MAX_PORT:
+        return NoInboundRoute(
+            status=_UNAVAILABLE, reason=f"{workload.key} is said to listen at {port}, which is no port"
+        )
     if proxied:
         if ip is not None:
             target = Endpoint(ip, authority.port)

@@ -533,7 +533,7 @@ def _through_gateway(asking: Asking, hop: _Hop, wanted: _Wanted) -> Plan:
             reason=f"no valid destination: {workload.key} is in the network {_quoted(workload.network)},"
             " and no gateway to there is known"
         )
-    inner = () if hop.service is None else _subject_alt_names(asking, hop.service)
+    inner = () if hop.service is None else _subject_alt_names(asking, hop.service, where=" behind the gateway")
     if not inner:
         chosen = workload if hop.service is None else hop.service
         return NoOutboundRoute(
@@ -578,15 +578,15 @@ def _at_gateway(
 
 def _place(hop: _Hop, port: int) -> Endpoint | Authority | NoOutboundRoute:
     """Where a hop is: its address, else its name."""
-    if hop.ip is not None:
-        return Endpoint(hop.ip, port)
     workload = hop.workload
-    if workload.hostname:
-        try:
-            return Authority(workload.hostname, port)
-        except InvalidAddress as problem:
-            return NoOutboundRoute(reason=f"no valid destination: {workload.key}: {problem}")
-    return NoOutboundRoute(reason=f"no valid destination: {workload.key} has no address that can be used")
+    if hop.ip is None and not workload.hostname:
+        return NoOutboundRoute(reason=f"no valid destination: {workload.key} has no address that can be used")
+    try:
+        # An Authority has no port 0, which is fine for an Endpoint, but not to connect to.
+        place = Authority(workload.hostname if hop.ip is None else str(hop.ip), port)
+    except InvalidAddress as problem:
+        return NoOutboundRoute(reason=f"no valid destination: {workload.key}: {problem}")
+    return place if hop.ip is None else Endpoint(hop.ip, port)
 
 
 # ----------------------------------------------------------------------------------------------------- who is expected
@@ -601,7 +601,7 @@ def _expected(asking: Asking, hop: _Hop) -> tuple[SpiffeIdentity, ...]:
     return names if own is None or own in names else (*names, own)
 
 
-def _subject_alt_names(asking: Asking, service: Service) -> tuple[SpiffeIdentity, ...]:
+def _subject_alt_names(asking: Asking, service: Service, where: str = "") -> tuple[SpiffeIdentity, ...]:
     found: dict[SpiffeIdentity, None] = {}
     for name in service.subject_alt_names:
         try:
@@ -611,7 +611,7 @@ def _subject_alt_names(asking: Asking, service: Service) -> tuple[SpiffeIdentity
                 asking.note(f"a subjectAltName of {service.key} is left out: {problem}")
             continue
         if asking.note is not None:
-            asking.note(f"{name} is expected: it is among the subjectAltNames of {service.key}")
+            asking.note(f"{name} is expected{where}: it is among the subjectAltNames of {service.key}")
     return tuple(found)
 
 

@@ -317,6 +317,20 @@ REFUSED = [
         503,
         "no address for hostname: shop/server.example has no VIP",
     ),
+    (
+        "a target port that is none",
+        server(ports={80: 70000}, of_service={80: 0}),
+        f"{HOST}:80",
+        503,
+        "shop/server is said to listen at 70000, which is no port",
+    ),
+    (
+        "an application tunnel at no port",
+        server(ports={}, of_service={}, **app_tunnel(0)),
+        PLAIN,
+        503,
+        "shop/server is",
+    ),
     ("hbone_ip_mismatch", world(), "192.0.2.1:80", 400, "ip mismatch: the peer dialled 10.0.1.1 and asks for 192."),
 ]
 

@@ -1019,6 +1019,27 @@ def test_a_gateway_that_has_the_service_s_name_is_told_the_name() -> None:
     assert str(resolved) == "stock.example:80 using DOUBLEHBONE via 192.0.2.7:15009 type ToGateway"
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [vip(ports={80: 70000}), stock(1, endpoint_of={SVC: {}})],
+        [vip(), stock(1, endpoint_of={SVC: {80: 70000}})],
+        [vip(waypoint=gateway("/10.0.9.1", 0)), WAYPOINT],
+        [vip(**SANS), far(1, gateway_at=gateway("far/10.22.1.1", 70000)), GATEWAY],
+    ],
+    ids=["target port", "endpoint's port", "waypoint's port", "gateway's port"],
+)
+def test_what_is_no_port_is_no_route(parts: list[Any]) -> None:
+    """Whoever wrote the mesh: a decision never raises."""
+    outcome = decide(mesh(*parts), "10.96.0.1:80")
+    assert isinstance(outcome, NoOutboundRoute)
+    assert "is not between 1 and 65535" in outcome.reason
+
+
+def test_an_endpoint_that_maps_a_port_to_0_has_the_service_s() -> None:
+    DIRECT.check(decide(mesh(vip(), stock(1, endpoint_of={SVC: {80: 0}})), "10.96.0.1:80"))
+
+
 def test_another_hbone_port() -> None:
     outcome = decide(mesh(stock(1)), "10.0.1.1:80", config=RoutingConfig(hbone_port=16008))
     To(says="10.0.1.1:80 using HBONE via 10.0.1.1:16008 type Direct").check(outcome)
