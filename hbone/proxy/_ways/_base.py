@@ -41,11 +41,15 @@ class BadHandshake(RemoteProtocolError):
 
     Attributes:
         answer: what to send before closing.
+        source: who it was, if that is known.
+        target: where it would have gone to, if that is known.
     """
 
-    def __init__(self, message: str, answer: bytes = b"") -> None:
+    def __init__(self, message: str, answer: bytes = b"", *, target: Authority | None = None) -> None:
         super().__init__(message)
         self.answer = answer
+        self.source: Endpoint | None = None
+        self.target = target
 
 
 class WayIn(Protocol):
@@ -182,6 +186,7 @@ async def shake_hands(sock: socket.socket, parser: HandshakeParser, *, seconds: 
     Raises:
         BadHandshake: there is no target. It was answered and the socket is closed. Also closed when cancelled.
     """
+    source = None
     try:
         source = peer_of(sock)
         with trio.move_on_after(seconds):
@@ -195,11 +200,14 @@ async def shake_hands(sock: socket.socket, parser: HandshakeParser, *, seconds: 
             return target, source
         raise BadHandshake(f"the application did not name its target within {seconds:g} s", parser.late())
     except BadHandshake as error:
+        error.source = source
         await _say_and_close(sock, error.answer)
         raise
     except OSError as error:
         reset(sock)
-        raise BadHandshake(f"the application's connection broke: {error.strerror or error}") from error
+        broken = BadHandshake(f"the application's connection broke: {error.strerror or error}")
+        broken.source = source
+        raise broken from error
     except BaseException:
         reset(sock)
         raise

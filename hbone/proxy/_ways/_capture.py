@@ -77,17 +77,18 @@ async def accept_captured(sock: socket.socket, *, own_ports: Collection[int]) ->
     try:
         source = peer_of(sock)
         destination = original_destination(sock)
-        if destination.port in own_ports and _is_ours(destination.ip):
-            raise BadHandshake(f"{destination} is this proxy itself: nothing redirected the connection here")
         target = destination.authority
+        if destination.port in own_ports and _is_ours(destination.ip):
+            why = f"{destination} is this proxy itself: nothing redirected the connection here"
+            raise BadHandshake(why, target=target)
     except OSError as error:
         reset(sock)
         raise BadHandshake("the application left at once") from error
     except (BadHandshake, InvalidAddress) as error:
         reset(sock)
-        if isinstance(error, BadHandshake):
-            raise
-        raise BadHandshake(f"cannot go to {destination}: {error}") from None
+        bad = error if isinstance(error, BadHandshake) else BadHandshake(f"cannot go to {destination}: {error}")
+        bad.source = source
+        raise bad from None
     return SilentWayIn(target=target, source=source, sock=sock)
 
 
