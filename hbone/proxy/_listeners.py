@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from hbone.address import Endpoint
-from hbone.transport import accept_from
+from hbone.transport import accept_from, reset_socket
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable
 
+    from hbone.transport import SocketOptions
+
 __all__ = ["Listeners"]
+
+_log: Final = logging.getLogger("hbone.proxy")
 
 
 class Listeners:
@@ -36,19 +41,25 @@ class Listeners:
         listener: socket.socket,
         serve_connection: Callable[[socket.socket], Awaitable[None]],
         *,
+        options: SocketOptions | None = None,
         task_status: trio.TaskStatus[Endpoint] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept until `drain` or cancelled. The listener is closed in the end.
 
         Args:
             listener: listening and non-blocking.
-            serve_connection: owns the socket that it is called with; what it raises ends everything.
+            serve_connection: owns the socket that it is called with. What it raises is logged, and its socket is reset:
+                a connection's failure is its own.
+            options: keep-alive of what is accepted; none unless given.
             task_status: gets the bound address.
         """
 
         async def serve_one(sock: socket.socket) -> None:
             try:
                 await serve_connection(sock)
+            except Exception:  # noqa: BLE001 - one of thousands, and the others know nothing of it
+                _log.exception("serving a connection failed")
+                reset_socket(sock)
             finally:
                 self._live -= 1
                 if not self._live:
@@ -67,7 +78,7 @@ class Listeners:
                     if self._draining:
                         scope.cancel()
                     task_status.started(Endpoint.from_sockaddr(listener.getsockname()))
-                    await accept_from(listener, handle)
+                    await accept_from(listener, handle, options=options)
                 trio.lowlevel.notify_closing(listener)
                 listener.close()
         finally:
