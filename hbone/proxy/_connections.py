@@ -3,7 +3,8 @@
 An inbound connection is registered before it is judged, so that no change of policy can fall in between. After each
 change of the mesh every registered connection is judged again, against the newest picture and the newest version of
 the workload that it goes to; what is no longer allowed is closed. That happens in slices with room for the data plane
-in between: ten thousand connections must not hold up the bytes of one. A change that comes meanwhile starts it over.
+in between: ten thousand connections must not hold up the bytes of one. A change that comes meanwhile counts from the
+next slice on, and is followed by another round: a mesh that never rests does not keep those at the end from their turn.
 
 Outbound connections are registered only to be shown.
 """
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from hbone.mesh import Action
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from hbone.address import Authority, Endpoint
     from hbone.mesh import MeshSnapshot, MeshState, Workload
-    from hbone.rbac import Authorizer, Flow, Verdict
+    from hbone.rbac import Authorizer, DryRunMatch, Flow, Verdict
 
 __all__ = ["ConnectionTable", "InboundConnection", "ShownConnection"]
 
@@ -66,9 +69,10 @@ class InboundConnection:
         protocol: ``HBONE`` or ``TCP``.
         flow: what policies see.
         revoked: why it was closed from here, or None.
+        dry_run: what policies that are only tried out said of it last.
     """
 
-    __slots__ = ("_close", "actual", "flow", "original", "protocol", "revoked", "source", "workload")
+    __slots__ = ("_close", "actual", "dry_run", "flow", "original", "protocol", "revoked", "source", "workload")
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class InboundConnection:
         self.protocol = protocol
         self.flow = flow
         self.revoked: Verdict | None = None
+        self.dry_run: tuple[DryRunMatch, ...] = ()
         self._close = close
 
     def revoke(self, verdict: Verdict) -> None:
@@ -104,7 +109,7 @@ class ConnectionTable:
         mesh: whose changes matter.
         authorizer: judges.
         log_level: of the line for each decision.
-        on_verdict: told of each decision.
+        on_verdict: told of each decision: whether a connection is let in, and that it is closed.
     """
 
     def __init__(
@@ -151,7 +156,9 @@ class ConnectionTable:
             ``close`` was called, in the event loop's thread.
         """
         self._inbound[connection] = None
-        return self._judge(connection, self._mesh.snapshot)
+        verdict = self._judge(connection, self._mesh.snapshot)
+        self._tell(connection, verdict)
+        return verdict
 
     def release(self, connection: InboundConnection) -> None:
         """It is over."""
@@ -165,54 +172,65 @@ class ConnectionTable:
             while True:
                 await self._changed.wait()
                 self._changed = trio.Event()
-                if await self._judge_all(self._mesh.snapshot):
+                await self._judge_all()
+                if not self._changed.is_set():
                     self._settled.set()
         finally:
             unsubscribe()
 
     async def settled(self) -> None:
         """Wait until every connection has been judged by the newest picture of the mesh."""
-        await self._settled.wait()
+        while not self._settled.is_set():
+            await self._settled.wait()
 
     def _note_change(self, _old: MeshSnapshot, _new: MeshSnapshot) -> None:
         if self._settled.is_set():
             self._settled = trio.Event()
         self._changed.set()
 
-    async def _judge_all(self, snapshot: MeshSnapshot) -> bool:
-        """False when a newer picture came meanwhile."""
+    async def _judge_all(self) -> None:
         began = time.perf_counter()
         # Whoever comes while we wait is judged by the newest picture anyway.
         for connection in tuple(self._inbound):
             if time.perf_counter() - began > _SLICE:
                 await trio.lowlevel.checkpoint()
-                if self._changed.is_set():
-                    return False
                 began = time.perf_counter()
-            if connection in self._inbound and connection.revoked is None:
-                verdict = self._judge(connection, snapshot)
-                if not verdict.allowed:
-                    connection.revoke(verdict)
-        return True
+            if connection not in self._inbound or connection.revoked is not None:
+                continue
+            verdict = self._judge(connection, self._mesh.snapshot)
+            if not verdict.allowed:
+                connection.revoke(verdict)
+                self._tell(connection, verdict)
+            elif verdict.dry_run != connection.dry_run:
+                self._tell_dry_run(connection, verdict)
 
     def _judge(self, connection: InboundConnection, snapshot: MeshSnapshot) -> Verdict:
         # A workload that has left the mesh is judged as it was last: its connections are still to it.
         newest = snapshot.workloads.get(connection.workload.uid)
         if newest is not None:
             connection.workload = newest
-        verdict = self._authorizer.authorize(snapshot, connection.workload, connection.flow)
+        return self._authorizer.authorize(snapshot, connection.workload, connection.flow)
+
+    # === what is told ===
+
+    def _tell(self, connection: InboundConnection, verdict: Verdict) -> None:
         if self._on_verdict is not None:
             self._on_verdict(verdict)
         if _log.isEnabledFor(self._log_level):
-            who = connection.flow.source_identity or "a plain-text peer"
-            _log.log(
-                self._log_level,
-                "policy: %s from %s to %s port %d: %s (%s)",
-                who,
-                connection.source,
-                connection.workload.key,
-                connection.flow.destination_port,
-                "allowed" if verdict.allowed else "denied",
-                verdict.reason,
-            )
-        return verdict
+            decided = "allowed" if verdict.allowed else "denied"
+            _log.log(self._log_level, "policy: %s: %s (%s)", _words(connection), decided, verdict.reason)
+        if verdict.dry_run:
+            self._tell_dry_run(connection, verdict)
+
+    def _tell_dry_run(self, connection: InboundConnection, verdict: Verdict) -> None:
+        connection.dry_run = verdict.dry_run
+        if _log.isEnabledFor(self._log_level):
+            for match in verdict.dry_run:
+                would = "denied" if match.action is Action.DENY else "allowed"
+                _log.log(self._log_level, "policy: %s would be %s by %s", _words(connection), would, match.policy)
+
+
+def _words(connection: InboundConnection) -> str:
+    who = connection.flow.source_identity or "a plain-text peer"
+    to = f"{connection.workload.key} port {connection.flow.destination_port}"
+    return f"{who} from {connection.source} to {to}"
