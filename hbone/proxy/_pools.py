@@ -72,25 +72,27 @@ class IdentityPools:
             SessionClosed: we are stopping.
         """
         while (pool := self._pools.get(identity)) is None:
-            if self._closing or self._nursery is None:
-                raise SessionClosed("the node is stopping")
-            opening = self._opening.get(identity)
-            if opening is not None:
-                await opening.wait()
+            self._check_open()
+            # Each waits for itself: who comes late must not wait for those before it, one after the other.
+            with trio.move_on_after(self._patience) as scope:
+                await self._context.svids.get(identity)
+            if scope.cancelled_caught:
+                raise CertificateUnavailable(identity, f"none came within {self._patience:g} s")
+            nursery = self._check_open()
+            if identity in self._pools:
                 continue
-            opening = self._opening[identity] = trio.Event()
-            try:
-                with trio.move_on_after(self._patience) as scope:
-                    await self._context.svids.get(identity)
-                if scope.cancelled_caught:
-                    raise CertificateUnavailable(identity, f"none came within {self._patience:g} s")
-                if self._closing:
-                    raise SessionClosed("the node is stopping")
-                await self._nursery.start(self._run, identity, name=f"hbone pool of {identity}")
-            finally:
-                del self._opening[identity]
-                opening.set()
+            opening = self._opening.get(identity)
+            if opening is None:
+                # A task of ours: who asked may go, and others may have found the pool by then.
+                opening = self._opening[identity] = trio.Event()
+                nursery.start_soon(self._run, identity, opening, name=f"hbone pool of {identity}")
+            await opening.wait()
         return pool
+
+    def _check_open(self) -> trio.Nursery:
+        if self._closing or self._nursery is None:
+            raise SessionClosed("the node is stopping")
+        return self._nursery
 
     async def drain(self, deadline: float) -> None:
         """Stop all: no new tunnels, `deadline` seconds for those that are open."""
@@ -106,24 +108,33 @@ class IdentityPools:
             del self._pools[identity]
             self._retired.pop(identity).set()
 
-    async def _run(
-        self, identity: SpiffeIdentity, *, task_status: trio.TaskStatus[ConnectionPool] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        settings = self._context.settings
-        async with ConnectionPool(
-            self._context.svids.source(identity),
-            limits=settings.pool_limits,
-            session_limits=settings.limits,
-            timeouts=settings.timeouts,
-            observer=self._observer,
-            socket_options=settings.socket_options,
-        ) as pool:
-            self._pools[identity] = pool
-            retired = self._retired[identity] = trio.Event()
-            task_status.started(pool)
-            try:
-                await retired.wait()
-                await pool.drain(inf)
-            finally:
-                if self._pools.get(identity) is pool:
-                    del self._pools[identity], self._retired[identity]
+    async def _run(self, identity: SpiffeIdentity, opened: trio.Event) -> None:
+        settings, metrics = self._context.settings, self._context.metrics
+        retired = trio.Event()
+        try:
+            async with ConnectionPool(
+                self._context.svids.source(identity),
+                limits=settings.pool_limits,
+                session_limits=settings.limits,
+                timeouts=settings.timeouts,
+                observer=self._observer,
+                socket_options=settings.socket_options,
+            ) as pool:
+                self._pools[identity], self._retired[identity] = pool, retired
+                forget = metrics.add_pool(pool.statistics) if metrics is not None else None
+                self._tell_opened(identity, opened)
+                try:
+                    await retired.wait()
+                    await pool.drain(inf)
+                finally:
+                    if forget is not None:
+                        forget()
+                    if self._pools.get(identity) is pool:
+                        del self._pools[identity], self._retired[identity]
+        finally:
+            self._tell_opened(identity, opened)
+
+    def _tell_opened(self, identity: SpiffeIdentity, opened: trio.Event) -> None:
+        if self._opening.get(identity) is opened:
+            del self._opening[identity]
+        opened.set()
