@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from hbone.address import Authority
+    from hbone.identity import SpiffeIdentity
     from hbone.protocol import ConnectRequest
     from hbone.tls import Svid, SvidSource
     from hbone.transport._carrier import Carrier
@@ -82,6 +83,11 @@ class TunnelRequest:
     def local_address(self) -> Endpoint | None:
         """The address that the peer dialled; None when the session does not run on a socket."""
         return self._session.local_address
+
+    @property
+    def local_identity(self) -> SpiffeIdentity | None:
+        """Who we proved to be when its session was opened."""
+        return self._session.local_identity
 
     def tunnel_statistics(self) -> TunnelStatistics:
         """A snapshot of its tunnel, also before it is accepted."""
@@ -310,7 +316,7 @@ class HBONEServer:
                 self._refused(exc)
                 await trio.aclose_forcefully(stream)
                 return
-            await self._serve_session(carrier, None, nursery, self._begin_half_open())
+            await self._serve_session(carrier, None, nursery, self._begin_half_open(), svid.identity)
 
     async def drain(self, deadline: float) -> None:
         """Stop: close the listeners, tell the peers to go elsewhere (GOAWAY), let tunnels finish, then end.
@@ -390,7 +396,7 @@ class HBONEServer:
             self._refused(exc)
             sock.close()
             return
-        await self._serve_session(carrier, sock, nursery, scope)
+        await self._serve_session(carrier, sock, nursery, scope, svid.identity)
 
     def _who(self, sock: socket.socket | None) -> tuple[Svid, PeerPolicy]:
         source = self._svid
@@ -418,11 +424,17 @@ class HBONEServer:
         self._told, self._untold = now, 0
 
     async def _serve_session(
-        self, carrier: Carrier, sock: socket.socket | None, nursery: trio.Nursery, scope: trio.CancelScope
+        self,
+        carrier: Carrier,
+        sock: socket.socket | None,
+        nursery: trio.Nursery,
+        scope: trio.CancelScope,
+        identity: SpiffeIdentity,
     ) -> None:
         session = await self._open(carrier, sock, nursery, scope)
         if session is None:
             return
+        session.local_identity = identity
         self._sessions.add(session)
         if self._draining:  # its handshake ended in the very moment in which that began, too late to be cancelled
             session.begin_drain()

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from hbone.address import Authority, Endpoint
+    from hbone.identity import SpiffeIdentity
     from hbone.protocol import Limits, Stream
     from hbone.transport._carrier import Carrier
     from hbone.transport._observer import Observer
@@ -96,6 +97,8 @@ class Session:
         self.peer = peer
         self.local_address = local_address
         """Our end of the socket: what the peer dialled, on a server."""
+        self.local_identity: SpiffeIdentity | None = None
+        """Who the peer knows us as, on a server."""
         self.client = client
         self.limits = limits
         self.timeouts = timeouts
