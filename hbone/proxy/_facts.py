@@ -1,12 +1,14 @@
-"""What a node says of its workloads and of what went wrong: pure."""
+"""What a node says of its workloads and of what went wrong. Decisions only."""
 
 from __future__ import annotations
 
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from hbone.errors import RequestRejected, TunnelRefused
-from hbone.protocol import Baggage, WorkloadType
+import trio
+
+from hbone.errors import ConnectFailed, HboneError, InvalidIdentity, RequestRejected, TunnelRefused
+from hbone.protocol import Baggage, Forwarded, WorkloadType
 from hbone.telemetry import AccessRecord, Direction
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from hbone.mesh import Service, Workload
     from hbone.telemetry import LogNames
 
-__all__ = ["baggage_of", "error_text", "inbound_record"]
+__all__ = ["baggage_of", "cause_of", "error_text", "forwarded_host", "identity_of", "inbound_record", "stopped"]
 
 _TYPES = {kind.value: kind for kind in WorkloadType}
 
@@ -33,6 +35,34 @@ def baggage_of(workload: Workload) -> Baggage:
         region=locality.region,
         zone=locality.zone,
     )
+
+
+def identity_of(workload: Workload | None) -> SpiffeIdentity | None:
+    """Who it is, as far as it can be: one that is reached in plain text need not be anybody."""
+    try:
+        return workload.identity if workload is not None else None
+    except InvalidIdentity:
+        return None
+
+
+def forwarded_host(hostname: str | None) -> str | None:
+    """The name of a service as a ``forwarded`` header can carry it; None when it cannot."""
+    try:
+        return Forwarded(host=hostname).host
+    except ValueError:
+        return None
+
+
+def cause_of(error: Exception) -> Exception:
+    """What a stream's error was raised from, if that is one of ours: it says more."""
+    return error.__cause__ if isinstance(error.__cause__, HboneError) else error
+
+
+def stopped(exc: BaseException) -> HboneError:
+    """What is told of a connection that something else ended."""
+    if isinstance(exc, trio.Cancelled):
+        return ConnectFailed("the node was stopped")
+    return ConnectFailed(f"unexpected: {exc!r}")
 
 
 def error_text(error: BaseException) -> str:
@@ -55,8 +85,8 @@ def inbound_record(
     dialled: Endpoint | None,
     workload: Workload,
     service: Service | None,
-    counts: tuple[int, int],
-    seconds: float,
+    counts: tuple[int, int] | None,
+    seconds: float | None,
     error: Exception | None,
     peer: SpiffeIdentity | None = None,
     authority: str | None = None,
@@ -69,8 +99,8 @@ def inbound_record(
         dialled: the address of ours that it reached.
         workload: where it went.
         service: what was wanted, if known.
-        counts: bytes from the peer, and to it.
-        seconds: from its beginning to its end.
+        counts: bytes from the peer, and to it; None for the line of its beginning.
+        seconds: from its beginning to its end; None for the line of its beginning.
         error: what ended it, if not its ends.
         peer: the identity that the source proved; None for plain text.
         authority: what the CONNECT asked for; None for plain text.
@@ -89,8 +119,9 @@ def inbound_record(
         dst_namespace=workload.namespace or None,
         dst_identity=workload.identity if peer is not None else None,
         dst_cluster=workload.cluster_id or None,
-        bytes_sent=counts[1],
-        bytes_recv=counts[0],
+        bytes_sent=counts[1] if counts is not None else None,
+        bytes_recv=counts[0] if counts is not None else None,
         duration=seconds,
         error=error_text(error) if error is not None else None,
+        opened=counts is None,
     )

@@ -7,18 +7,17 @@ that the peer dialled, never one that the peer wrote.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from hbone.errors import CertificateUnavailable, ConnectFailed, HboneError, RequestRejected
+from hbone.errors import CertificateUnavailable, ConnectFailed, RequestRejected
 from hbone.protocol import Baggage, ConnectResponse, ErrorCode, ProxyHeader
 from hbone.proxy._connections import InboundConnection
-from hbone.proxy._facts import baggage_of, error_text, inbound_record
+from hbone.proxy._facts import baggage_of, cause_of, error_text, identity_of, inbound_record
 from hbone.rbac import Flow
 from hbone.routing import NoInboundRoute, route_inbound
-from hbone.telemetry import AccessRecord, Direction, MetricsObserver, labels_for, log_names, response_flag
+from hbone.telemetry import AccessRecord, Direction, LogLevel, MetricsObserver, labels_for, log_names, response_flag
 from hbone.transport import HBONEServer, connect_tcp, listen_tcp, relay, reset_socket
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NodeInbound"]
 
-_log: Final = logging.getLogger("hbone.proxy.inbound")
 #: Peers and targets whose facts are kept.
 _REMEMBERED: Final = 8192
 #: Bytes of a peer's headers up to which its facts are kept: it chooses them.
@@ -78,6 +76,10 @@ class _Facts:
         )
 
 
+class _Known(dict[object, _Facts]):
+    """Facts by what decides them; kept with the snapshot that they are of."""
+
+
 class NodeInbound:
     """Terminates HBONE for the workloads of a node.
 
@@ -88,8 +90,6 @@ class NodeInbound:
     def __init__(self, context: NodeContext) -> None:
         self._context = context
         settings = context.settings
-        self._facts: dict[object, _Facts] = {}
-        self._facts_of: MeshSnapshot | None = None
         self.server: HBONEServer = HBONEServer(
             self._svid_for,
             self._handle,
@@ -98,6 +98,8 @@ class NodeInbound:
             observer=MetricsObserver(context.metrics) if context.metrics is not None else None,
             socket_options=settings.socket_options,
         )
+        if context.metrics is not None:
+            context.metrics.add_sockets("destination", self._sockets)
 
     async def serve(
         self, host: str, port: int, *, task_status: trio.TaskStatus[Endpoint] = trio.TASK_STATUS_IGNORED
@@ -109,7 +111,11 @@ class NodeInbound:
         """
         listener = listen_tcp(host, port, options=self._context.settings.socket_options)
         self._context.own_ports.add(int(listener.getsockname()[1]))
-        await self.server.serve_listener(listener, task_status=task_status)
+        unsubscribe = self._context.mesh.subscribe(self._mesh_changed)
+        try:
+            await self.server.serve_listener(listener, task_status=task_status)
+        finally:
+            unsubscribe()
 
     async def drain(self, deadline: float) -> None:
         """Stop gracefully; see `HBONEServer.drain`."""
@@ -125,6 +131,18 @@ class NodeInbound:
         if workload is None:
             raise CertificateUnavailable(dialled, "no workload of this node has this address")
         return self._context.svids.source(workload.identity)
+
+    def _mesh_changed(self, _old: MeshSnapshot, _new: MeshSnapshot) -> None:
+        """Peers have checked whom they speak to when they opened their sessions: if that has changed, check again."""
+        for session in self.server.sessions:
+            dialled = session.local_address
+            workload = None if dialled is None else self._context.local.find(dialled.ip)
+            if session.local_identity != identity_of(workload) and not session.draining:
+                session.begin_drain()
+
+    def _sockets(self) -> int:
+        statistics = self.server.statistics()
+        return statistics.sessions + statistics.half_open
 
     # === one tunnel ===
 
@@ -148,6 +166,8 @@ class NodeInbound:
                 facts = self._find(request)
                 if context.metrics is not None:
                     counted = context.metrics.connection_opened(labels=facts.labels, live=request.received_and_sent)
+                if context.access_log is not None and context.access_log.level <= LogLevel.DEBUG:
+                    self._record(request, facts, None, None, None)
                 connection = self._register(request, facts, close)
                 verdict = context.connections.admit(connection)
                 if not verdict.allowed:
@@ -161,8 +181,7 @@ class NodeInbound:
             error = exc
             raise
         except trio.BrokenResourceError as exc:
-            cause = exc.__cause__
-            error = cause if isinstance(cause, HboneError) else exc
+            error = cause_of(exc)
         except trio.Cancelled:
             error = ConnectFailed("cancelled: the request was taken back, or the node is stopping")
             raise
@@ -182,27 +201,27 @@ class NodeInbound:
         """
         context = self._context
         snapshot = context.mesh.snapshot
-        if snapshot is not self._facts_of:
-            self._facts_of = snapshot
-            self._facts.clear()
+        known = snapshot.memo.get(self)
+        if not isinstance(known, _Known) or len(known) >= _REMEMBERED:
+            known = snapshot.memo[self] = _Known()
         headers, peer, dialled = request.headers, request.peer, request.local_address
         address = peer.address
-        baggage = host = network = b""
+        baggage = forwarded = network = b""
         for name, value in headers.headers:
             if name == b"baggage":
                 baggage = baggage + b"," + value if baggage else value
             elif name == b"forwarded":
-                host = value.partition(b"host=")[2]
+                forwarded = forwarded or value  # the first of several counts
             elif name == b"x-forwarded-network":
-                network = value
-        key = (dialled, headers.authority, peer.identity, address.ip if address else None, baggage, host, network)
-        facts = self._facts.get(key)
+                network = network or value
+        if forwarded.startswith(b"for="):
+            forwarded = forwarded.partition(b";")[2]  # the application's port: another one each time
+        key = (dialled, headers.authority, peer.identity, address.ip if address else None, baggage, forwarded, network)
+        facts = known.get(key)
         if facts is None:
             facts = self._work_out(request, snapshot)
-            if len(baggage) + len(host) + len(network) + len(headers.authority) < _MAX_REMEMBERED:
-                if len(self._facts) >= _REMEMBERED:
-                    self._facts.clear()
-                self._facts[key] = facts
+            if len(baggage) + len(forwarded) + len(network) + len(headers.authority) < _MAX_REMEMBERED:
+                known[key] = facts
         return facts
 
     def _work_out(self, request: TunnelRequest, snapshot: MeshSnapshot) -> _Facts:
@@ -211,6 +230,9 @@ class NodeInbound:
         workload = None if dialled is None else context.local.find(dialled.ip)
         if workload is None or dialled is None:
             raise RequestRejected(503, flag="CONNECT", reason=f"no workload of this node has the address {dialled}")
+        if request.local_identity != identity_of(workload):  # the session is older than the workload
+            why = f"{dialled} has become {identity_of(workload)}, and the peer knows it as {request.local_identity}"
+            raise RequestRejected(503, flag="CONNECT", reason=why)
         forwarded = headers.forwarded
         route = route_inbound(
             snapshot,
@@ -222,6 +244,8 @@ class NodeInbound:
         )
         if isinstance(route, NoInboundRoute):
             raise RequestRejected(route.status, flag="CONNECT", reason=route.reason)
+        if route.upstream.port in context.own_ports:
+            raise RequestRejected(503, flag="CONNECT", reason=f"{route.upstream} is a port of this node itself")
         # Behind a gateway the address is the gateway's and says nothing of the source.
         source = None
         if peer.address is not None and not headers.crossed_networks(settings.network):
@@ -298,8 +322,8 @@ class NodeInbound:
         self,
         request: TunnelRequest,
         facts: _Facts | None,
-        counts: tuple[int, int],
-        seconds: float,
+        counts: tuple[int, int] | None,
+        seconds: float | None,
         error: Exception | None,
     ) -> None:
         log = self._context.access_log

@@ -19,12 +19,12 @@ import trio
 from hbone.address import Endpoint
 from hbone.errors import BadTarget, ConnectFailed, HboneError, NoRoute, Unreachable
 from hbone.protocol import Forwarded, TraceParent
-from hbone.proxy._facts import baggage_of, error_text
+from hbone.proxy._facts import baggage_of, cause_of, error_text, forwarded_host, identity_of, stopped
 from hbone.proxy._listeners import Listeners
 from hbone.proxy._pools import IdentityPools
 from hbone.proxy._ways import BadHandshake, accept_http_connect, accept_socks5
 from hbone.routing import NoOutboundRoute, OutboundProtocol, RouteType
-from hbone.telemetry import AccessRecord, Direction, MetricsObserver, labels_for, log_names, response_flag
+from hbone.telemetry import AccessRecord, Direction, LogLevel, MetricsObserver, labels_for, log_names, response_flag
 from hbone.tls import PeerPolicy
 from hbone.transport import HBONEClient, PlainRelay, Tunnel, connect_tcp, listen_tcp, relay, reset_socket, resolve
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from hbone.address import Authority
     from hbone.identity import SpiffeIdentity
-    from hbone.mesh import MeshSnapshot, Workload
+    from hbone.mesh import Workload
     from hbone.protocol import Baggage
     from hbone.proxy._context import NodeContext
     from hbone.proxy._ways import WayIn
@@ -60,6 +60,7 @@ class _Facts:
         "destination",
         "destination_names",
         "expect",
+        "forwarded_host",
         "host",
         "inner_expect",
         "labels",
@@ -74,9 +75,10 @@ class _Facts:
         self.route = route
         self.baggage = (b"baggage", baggage_of(source).encode())
         self.host = route.service.hostname if route.service is not None else None
+        self.forwarded_host = forwarded_host(self.host)
         self.source_names = log_names(source)
         self.destination_names = log_names(route.workload)
-        self.destination: SpiffeIdentity | None = route.workload.identity if route.workload is not None else None
+        self.destination = identity_of(route.workload)
         self.labels: TrafficLabels = labels_for(
             "source",
             source=source,
@@ -90,10 +92,15 @@ class _Facts:
         self.inner_expect = PeerPolicy.exact(*route.inner_expected) if route.inner_expected else None
 
 
+class _Known(dict[int, _Facts]):
+    """Facts by the `id` of their route; kept with the snapshot that the routes are of."""
+
+
 class OutboundConnection:
     """One application connection and what is known of it so far; a `hbone.proxy.ShownConnection`."""
 
     __slots__ = (
+        "attempts",
         "began",
         "counted",
         "facts",
@@ -117,6 +124,8 @@ class OutboundConnection:
         self.tunnel: Tunnel | None = None
         self.plain: PlainRelay | None = None
         self.counted: OpenConnection | None = None
+        self.attempts: int = 0
+        """How often its beginning was counted: once for each address of a name that was tried."""
         self.far_end: Baggage | None = None
         self.far_identity: SpiffeIdentity | None = None
 
@@ -163,8 +172,8 @@ class NodeOutbound:
         self._listeners = Listeners()
         self._observer = MetricsObserver(context.metrics) if context.metrics is not None else None
         self._pools = IdentityPools(context, observer=self._observer)
-        self._facts: dict[int, _Facts] = {}
-        self._facts_of: MeshSnapshot | None = None
+        if context.metrics is not None:
+            context.metrics.add_sockets("source", lambda: self._listeners.live)
 
     async def __aenter__(self) -> Self:
         await self._pools.__aenter__()
@@ -240,7 +249,10 @@ class NodeOutbound:
     async def _serve(
         self, listener: socket.socket, accept_way: _AcceptWay, task_status: trio.TaskStatus[Endpoint]
     ) -> None:
-        await self._listeners.serve(listener, partial(self._carry, accept_way), task_status=task_status)
+        options = self._context.settings.socket_options
+        await self._listeners.serve(
+            listener, partial(self._carry, accept_way), options=options, task_status=task_status
+        )
 
     async def drain(self, deadline: float) -> None:
         """Stop accepting, let connections finish for `deadline` seconds, then reset the rest and close the sessions."""
@@ -251,25 +263,18 @@ class NodeOutbound:
 
     async def _carry(self, accept_way: _AcceptWay, sock: socket.socket) -> None:
         began = trio.current_time()
-        metrics = self._context.metrics
-        if metrics is not None:
-            metrics.socket_opened("source")
         try:
-            try:
-                way = await accept_way(sock)
-            except BadHandshake as exc:
-                self._log_denied(None, None, exc)
-                return
-            connection = OutboundConnection(way, began)
-            self._context.connections.add_outbound(connection)
-            try:
-                async with AsyncExitStack() as stack:
-                    await self._carry_way(connection, stack)
-            finally:
-                self._context.connections.remove_outbound(connection)
+            way = await accept_way(sock)
+        except BadHandshake as exc:
+            self._log_denied(exc.source, exc.target, exc)
+            return
+        connection = OutboundConnection(way, began)
+        self._context.connections.add_outbound(connection)
+        try:
+            async with AsyncExitStack() as stack:
+                await self._carry_way(connection, stack)
         finally:
-            if metrics is not None:
-                metrics.socket_closed("source")
+            self._context.connections.remove_outbound(connection)
 
     async def _carry_way(self, connection: OutboundConnection, stack: AsyncExitStack) -> None:
         way = connection.way
@@ -279,8 +284,8 @@ class NodeOutbound:
             self._finished(connection, exc)
             await way.failed(exc)
             return
-        except BaseException:
-            self._finished(connection, HboneError("the node was stopped"))
+        except BaseException as exc:
+            self._finished(connection, stopped(exc))
             reset_socket(way.sock)
             raise
         error: Exception | None = None
@@ -292,8 +297,11 @@ class NodeOutbound:
                         await upstream.send_all(way.leftover)
                 else:
                     connection.plain = PlainRelay(way.sock, upstream, first=way.leftover)
-            except (BadHandshake, trio.BrokenResourceError) as exc:
-                error = exc
+            except BadHandshake as exc:
+                error = ConnectFailed(str(exc))  # the application's end, not a fault in our protocol
+                _reset(upstream)
+            except trio.BrokenResourceError as exc:
+                error = cause_of(exc)
                 _reset(upstream)
                 reset_socket(way.sock)
             except BaseException:
@@ -306,8 +314,8 @@ class NodeOutbound:
                 else:
                     assert connection.plain is not None
                     error = (await connection.plain.run()).error
-        except trio.Cancelled:
-            error = HboneError("the node was stopped")
+        except BaseException as exc:
+            error = stopped(exc)
             raise
         finally:
             self._finished(connection, error)
@@ -327,32 +335,36 @@ class NodeOutbound:
                 whose = f"workload {dedicated}" if dedicated else f"a workload with the address {way.source.ip}"
                 raise NoRoute(way.target, f"unknown source: {whose} is not in the mesh, or not on this node")
         connection.workload = source
-        target = way.target
-        ip = target.ip
-        if ip is not None and ip.is_loopback and target.port in context.own_ports:
-            raise NoRoute(target, f"{target} is this node itself")
-        route = self._route(connection, source, target)
+        route = self._route(connection, source, way.target)
         hop = route.next_hop
         if isinstance(hop, Endpoint) or hop.ip is not None:
             return await self._connect(connection, source, route, stack)
         # A name: of a workload that the mesh knows by its name only, or one that the mesh does not have. One of the
         # addresses of the latter may be one that the mesh has.
-        first: HboneError | None = None
+        failed: list[tuple[HboneError, OutboundRoute | None, _Facts | None]] = []
         for address in await resolve(hop):
             try:
-                if route.type is RouteType.PASSTHROUGH:
-                    chosen = self._route(connection, source, address)
-                else:
-                    assert address.ip is not None
-                    chosen = route.resolved(address.ip)
-                    self._take(connection, source, chosen)
-                return await self._connect(connection, source, chosen, stack)
+                async with AsyncExitStack() as attempt:
+                    if route.type is RouteType.PASSTHROUGH:
+                        chosen = self._route(connection, source, address)
+                    else:
+                        assert address.ip is not None
+                        chosen = route.resolved(address.ip)
+                        self._take(connection, source, chosen)
+                    upstream = await self._connect(connection, source, chosen, attempt)
+                    stack.push_async_exit(attempt.pop_all())
+                    return upstream
             except (NoRoute, BadTarget, Unreachable, ConnectFailed) as exc:
-                first = first or exc
                 connection.end_count(exc)
-        raise first or ConnectFailed(f"{hop.host} has no address")
+                failed.append((exc, connection.route, connection.facts))
+        if not failed:
+            raise ConnectFailed(f"{hop.host} has no address")
+        first, connection.route, connection.facts = failed[0]  # the best address, and why it would not do
+        raise first
 
     def _route(self, connection: OutboundConnection, source: Workload, target: Authority) -> OutboundRoute:
+        if target.port in self._context.own_ports and target.ip is not None and target.ip.is_loopback:
+            raise NoRoute(target, f"{target} is a port of this node itself: the connection would go in a circle")
         route = self._context.router.outbound(self._context.mesh.snapshot, source, connection.source.ip, target)
         if isinstance(route, NoOutboundRoute):
             raise NoRoute(target, route.reason)
@@ -361,12 +373,12 @@ class NodeOutbound:
 
     def _take(self, connection: OutboundConnection, source: Workload, route: OutboundRoute) -> None:
         snapshot = self._context.mesh.snapshot
-        if snapshot is not self._facts_of or len(self._facts) > _REMEMBERED:
-            self._facts_of = snapshot
-            self._facts.clear()
-        facts = self._facts.get(id(route))
+        known = snapshot.memo.get(self)
+        if not isinstance(known, _Known) or len(known) >= _REMEMBERED:
+            known = snapshot.memo[self] = _Known()
+        facts = known.get(id(route))
         if facts is None or facts.route is not route or facts.source is not source:
-            facts = self._facts[id(route)] = _Facts(source, route)
+            facts = known[id(route)] = _Facts(source, route)
         connection.route, connection.facts = route, facts
         if _log.isEnabledFor(logging.INFO):
             wrapping, kind = route.protocol.value, route.type.value
@@ -389,12 +401,13 @@ class NodeOutbound:
         if pool is None:
             pool = await self._pools.get(source.identity)
         headers = self._headers(connection, facts)
+        began = trio.current_time()
         tunnel = await pool.open_tunnel(route.authority, expect=facts.expect, via=route.next_hop, headers=headers)
         if route.protocol is OutboundProtocol.DOUBLE_HBONE:
             tunnel = await self._open_inner(connection, facts, tunnel, headers, stack)
         connection.tunnel = tunnel
         if metrics is not None:
-            metrics.connect_finished("client", trio.current_time() - connection.began)
+            metrics.connect_finished("client", trio.current_time() - began)
         return tunnel
 
     async def _open_inner(
@@ -421,7 +434,7 @@ class NodeOutbound:
                 observer=self._observer,
             )
         )
-        network = (b"x-forwarded-network", context.settings.network.encode("ascii"))
+        network = (b"x-forwarded-network", context.settings.network.encode())
         tunnel = await inner.open_tunnel(route.authority, headers=[*headers, network])
         assert tunnel.response is not None
         connection.far_end, connection.far_identity = tunnel.response.baggage, inner.peer.identity
@@ -441,61 +454,63 @@ class NodeOutbound:
         """Wire profile, request headers."""
         return [
             facts.baggage,
-            (b"forwarded", Forwarded(source=connection.source, host=facts.host).encode()),
+            (b"forwarded", Forwarded(source=connection.source, host=facts.forwarded_host).encode()),
             (b"traceparent", TraceParent.from_random(os.urandom(24)).encode()),
         ]
 
     # === what is told ===
 
     def _count(self, connection: OutboundConnection, labels: TrafficLabels) -> None:
-        metrics = self._context.metrics
-        if metrics is not None:
-            connection.counted = metrics.connection_opened(labels=labels, live=connection.received_and_sent)
+        context = self._context
+        connection.attempts += 1
+        if context.metrics is not None:
+            connection.counted = context.metrics.connection_opened(labels=labels, live=connection.received_and_sent)
+        if context.access_log is not None and context.access_log.level <= LogLevel.DEBUG:
+            context.access_log.write(self._record(connection, None, opened=True))
 
     def _finished(self, connection: OutboundConnection, error: Exception | None) -> None:
         facts = connection.facts
         if facts is None:
             self._log_denied(connection.source, connection.original, error)
             return
-        if facts.inner_expect is not None and connection.far_identity is None:
-            self._count(connection, facts.labels)  # a tunnel in a tunnel that did not come to be
+        if not connection.attempts:  # it did not get as far: no address for a name, no far end of a tunnel in a tunnel
+            self._count(connection, facts.labels)
         connection.end_count(error)
-        self._write(connection, error)
-
-    def _write(self, connection: OutboundConnection, error: Exception | None) -> None:
-        """The line of a connection that went somewhere, or was meant to."""
-        seconds = trio.current_time() - connection.began
         if _log.isEnabledFor(logging.INFO):
-            _log.info("complete dur=%.3fms", seconds * 1000)
-        log, facts = self._context.access_log, connection.facts
-        if log is None or facts is None:
-            return
+            _log.info("complete dur=%.3fms", (trio.current_time() - connection.began) * 1000)
+        if self._context.access_log is not None:
+            self._context.access_log.write(self._record(connection, error))
+
+    @staticmethod
+    def _record(connection: OutboundConnection, error: Exception | None, *, opened: bool = False) -> AccessRecord:
+        """The line of a connection that went somewhere, or was meant to."""
+        facts = connection.facts
+        assert facts is not None
         source, destination, route = facts.source_names, facts.destination_names, facts.route
         tunnelled = route.authority is not None
         identity = facts.destination
         if connection.far_end is not None:
             destination, identity = log_names(connection.far_end), connection.far_identity
         received, sent = connection.received_and_sent()
-        log.write(
-            AccessRecord(
-                direction=Direction.OUTBOUND,
-                src_addr=connection.source,
-                src_workload=source.workload,
-                src_namespace=source.namespace,
-                src_identity=facts.source.identity if tunnelled else None,
-                src_cluster=source.cluster,
-                dst_addr=route.next_hop,
-                dst_hbone_addr=route.authority,
-                dst_service=facts.host,
-                dst_workload=destination.workload,
-                dst_namespace=destination.namespace,
-                dst_identity=identity if tunnelled else None,
-                dst_cluster=destination.cluster,
-                bytes_sent=received,
-                bytes_recv=sent,
-                duration=seconds,
-                error=error_text(error) if error is not None else None,
-            )
+        return AccessRecord(
+            direction=Direction.OUTBOUND,
+            src_addr=connection.source,
+            src_workload=source.workload,
+            src_namespace=source.namespace,
+            src_identity=facts.source.identity if tunnelled else None,
+            src_cluster=source.cluster,
+            dst_addr=route.next_hop,
+            dst_hbone_addr=route.authority,
+            dst_service=facts.host,
+            dst_workload=destination.workload,
+            dst_namespace=destination.namespace,
+            dst_identity=identity if tunnelled else None,
+            dst_cluster=destination.cluster,
+            bytes_sent=None if opened else received,
+            bytes_recv=None if opened else sent,
+            duration=None if opened else trio.current_time() - connection.began,
+            error=error_text(error) if error is not None else None,
+            opened=opened,
         )
 
     def _log_denied(self, source: Endpoint | None, target: Authority | None, error: Exception | None) -> None:

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 import trio
 
 from hbone.address import Endpoint
-from hbone.errors import ConnectFailed, HboneError, NoRoute, RequestRejected
+from hbone.errors import HboneError, NoRoute, RequestRejected
 from hbone.proxy._connections import InboundConnection
-from hbone.proxy._facts import error_text, inbound_record
+from hbone.proxy._facts import error_text, inbound_record, stopped
 from hbone.proxy._listeners import Listeners
 from hbone.proxy._ways import BadHandshake
 from hbone.rbac import Flow
 from hbone.routing import destination_service
-from hbone.telemetry import AccessRecord, Direction, labels_for, log_names, response_flag
+from hbone.telemetry import AccessRecord, Direction, LogLevel, labels_for, log_names, response_flag
 from hbone.transport import PlainRelay, connect_tcp, listen_tcp, reset_socket
 
 if TYPE_CHECKING:
     import socket
 
+    from hbone.address import Authority
     from hbone.proxy._context import NodeContext
     from hbone.proxy._ways import SilentWayIn
     from hbone.telemetry import OpenConnection
@@ -42,6 +43,8 @@ class NodePlaintext:
     def __init__(self, context: NodeContext) -> None:
         self._context = context
         self._listeners = Listeners()
+        if context.metrics is not None:
+            context.metrics.add_sockets("destination", lambda: self._listeners.live)
 
     @property
     def connections(self) -> int:
@@ -83,11 +86,11 @@ class NodePlaintext:
             try:
                 way = await accept_way(sock)
             except BadHandshake as exc:
-                self._log_denied(None, None, exc)
+                self._log_denied(exc.source, exc.target, exc)
                 return
             await self._carry(way)
 
-        await self._listeners.serve(listener, carry, task_status=task_status)
+        await self._listeners.serve(listener, carry, options=context.settings.socket_options, task_status=task_status)
 
     async def drain(self, deadline: float) -> None:
         """Stop accepting, let connections finish for `deadline` seconds, then reset the rest."""
@@ -99,10 +102,12 @@ class NodePlaintext:
         ip = way.target.ip
         assert ip is not None  # captured: an address of the packet
         target = Endpoint(ip, way.target.port)
-        workload = await context.local.wait_for(ip)
+        workload, why = None, f"{target} is a port of the proxy itself: the connection would go in a circle"
+        if target.port not in context.router.config.illegal_ports:
+            workload, why = await context.local.wait_for(ip), f"no workload of this node has the address {ip}"
         if workload is None:
-            error = NoRoute(target, f"no workload of this node has the address {ip}")
-            self._log_denied(way.source, target, error)
+            error = NoRoute(target, why)
+            self._log_denied(way.source, way.target, error)
             await way.failed(error)
             return
         snapshot, network = context.mesh.snapshot, context.settings.network
@@ -130,6 +135,22 @@ class NodePlaintext:
             flow=flow,
             close=scope.cancel,
         )
+        names = log_names(source)
+
+        def record(counts: tuple[int, int] | None, seconds: float | None, error: Exception | None) -> AccessRecord:
+            return inbound_record(
+                source=way.source,
+                source_names=names,
+                dialled=target,
+                workload=workload,
+                service=service,
+                counts=counts,
+                seconds=seconds,
+                error=error,
+            )
+
+        if context.access_log is not None and context.access_log.level <= LogLevel.DEBUG:
+            context.access_log.write(record(None, None, None))
         failure: Exception | None = None
         try:
             with scope:
@@ -146,8 +167,8 @@ class NodePlaintext:
             failure = exc
             if relay is None:
                 await way.failed(exc)
-        except BaseException:
-            failure = ConnectFailed("the node was stopped")
+        except BaseException as exc:
+            failure = stopped(exc)
             if relay is None:
                 reset_socket(way.sock)
             raise
@@ -157,18 +178,7 @@ class NodePlaintext:
             if counted is not None:
                 counted.closed(received, sent, response_flag(failure))
             if context.access_log is not None:
-                context.access_log.write(
-                    inbound_record(
-                        source=way.source,
-                        source_names=log_names(source),
-                        dialled=target,
-                        workload=workload,
-                        service=service,
-                        counts=(received, sent),
-                        seconds=trio.current_time() - began,
-                        error=failure,
-                    )
-                )
+                context.access_log.write(record((received, sent), trio.current_time() - began, failure))
 
     async def _connect(self, way: SilentWayIn, target: Endpoint) -> socket.socket:
         settings = self._context.settings
@@ -181,7 +191,7 @@ class NodePlaintext:
             options=settings.socket_options,
         )
 
-    def _log_denied(self, source: Endpoint | None, target: Endpoint | None, error: Exception) -> None:
+    def _log_denied(self, source: Endpoint | None, target: Authority | None, error: Exception) -> None:
         log = self._context.access_log
         if log is not None:
             log.write(
