@@ -1,128 +1,480 @@
-"""The data plane of nodes in one process: outbound and inbound on addresses of the loopback network."""
+"""The data planes of nodes in one process: outbound and inbound on loopback addresses that no other test has.
+
+`data_plane` is a node without fixed ports, pages and files. `application` is what is behind it. What a node tells of
+its connections is in `DataPlane.log` and in its metrics (`traffic`); `at_rest` waits until nothing is left of them.
+"""
 
 from __future__ import annotations
 
 import random
 import socket
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections import Counter
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import trio
 
+from hbone import Endpoint
 from hbone.certs import LocalCA, SvidManager, local_ca_issuer
-from hbone.mesh import MeshSnapshot, MeshState
+from hbone.mesh import Action, MeshSnapshot, MeshState, TunnelProtocol
 from hbone.proxy._connections import ConnectionTable
 from hbone.proxy._context import LocalWorkloads, NodeContext, NodeSettings, WorkloadInfo
 from hbone.proxy._node_inbound import NodeInbound
 from hbone.proxy._node_outbound import NodeOutbound
+from hbone.proxy._node_plaintext import NodePlaintext
 from hbone.rbac import Authorizer
-from hbone.routing import Router, RoutingConfig
-from hbone.telemetry import AccessRecord, Metrics
+from hbone.routing import ILLEGAL_PORTS, Router, RoutingConfig
+from hbone.telemetry import AccessRecord, LogLevel, Metrics
+from hbone.transport import reset_socket
+from support.backends import own_loopback
+from support.meshes import service, workload
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from hbone.address import Endpoint
+    import pytest
+
+    from hbone.mesh import AuthorizationPolicy, Service, Workload
+    from hbone.rbac import Verdict
+
+#: Seconds that only something that hangs needs.
+WAIT = 60.0
+
+TD = "spiffe://cluster.local/ns"
+CART, STOCK, LEGACY, WAYPOINT, GATEWAY, FAR, THIEF = (own_loopback(80 + number) for number in range(7))
+VIP, HOSTNAME = "10.96.0.20", "stock.shop.svc.cluster.local"
+CART_INFO = WorkloadInfo(namespace="shop", name="cart-0", service_account="cart")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what the test did not do itself."""
+    with trio.fail_after(WAIT):
+        while not condition():
+            await trio.sleep(0.001)
+
+
+# === meshes ===
+
+
+def member(short: str, address: str, **fields: Any) -> Workload:
+    """A workload of the mesh, with all that labels are made of."""
+    values: dict[str, Any] = {
+        "service_account": short,
+        "protocol": TunnelProtocol.HBONE,
+        "workload_name": short,
+        "workload_type": "deployment",
+        "canonical_name": short,
+        "canonical_revision": "v1",
+    }
+    return workload(f"lab//Pod/shop/{short}-0", address, **{**values, **fields})
+
+
+def cart(**fields: Any) -> Workload:
+    """Who connects."""
+    return member("cart", CART, **fields)
+
+
+def stock(port: int, **fields: Any) -> Workload:
+    """Who is connected to: port 80 of the service is its port `port`."""
+    return member("stock", STOCK, **{"endpoint_of": {f"shop/{HOSTNAME}": {80: port}}, **fields})
+
+
+def stock_service(**fields: Any) -> Service:
+    """How it is known."""
+    return service(f"shop/{HOSTNAME}", f"/{VIP}", **fields)
+
+
+def mesh_of(*parts: Workload | Service | AuthorizationPolicy) -> MeshSnapshot:
+    """All of these."""
+    kinds: dict[str, list[Any]] = {"Workload": [], "Service": [], "AuthorizationPolicy": []}
+    for part in parts:
+        kinds[type(part).__name__].append(part)
+    return MeshSnapshot.build(*kinds.values())
 
 
 def shared_port(*hosts: str) -> int:
-    """A port that was free a moment ago on all of these addresses: HBONE's is one for a whole mesh."""
+    """A port that is free on all of these addresses, which are nobody else's: HBONE's is one for a whole mesh."""
     while True:
-        socks = []
         try:
-            with socket.create_server((hosts[0], 0)) as first:
-                port = first.getsockname()[1]
-                for host in hosts[1:]:
-                    socks.append(socket.create_server((host, port)))
+            with ExitStack() as stack:
+                port = 0
+                for host in hosts:
+                    port = stack.enter_context(socket.create_server((host, port))).getsockname()[1]
                 return port
         except OSError:
             continue
-        finally:
-            for sock in socks:
-                sock.close()
 
 
-@dataclass
+# === applications ===
+
+
+async def echo(stream: trio.SocketStream) -> None:
+    """Sends back what comes, and the end."""
+    async for chunk in stream:
+        await stream.send_all(chunk)
+    await stream.send_eof()
+
+
+async def double_echo(stream: trio.SocketStream) -> None:
+    """Sends back what comes twice."""
+    async for chunk in stream:
+        await stream.send_all(2 * bytes(chunk))
+    await stream.send_eof()
+
+
+class Application:
+    """A server on a free port of one address."""
+
+    def __init__(self, host: str, port: int, arrived: trio.MemoryReceiveChannel[trio.SocketStream]) -> None:
+        self.host = host
+        self.port = port
+        self._arrived = arrived
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint.parse(f"{self.host}:{self.port}")
+
+    async def accept(self) -> trio.SocketStream:
+        """The next connection, when there is no habit."""
+        with trio.fail_after(WAIT):
+            return await self._arrived.receive()
+
+
+@asynccontextmanager
+async def application(
+    host: str, habit: Callable[[trio.SocketStream], Awaitable[None]] | None = None, *, port: int = 0
+) -> AsyncIterator[Application]:
+    """Serves each connection with `habit`; without one they are for the test to `accept`."""
+    send, receive = trio.open_memory_channel[trio.SocketStream](10_000)
+
+    async def handle(stream: trio.SocketStream) -> None:
+        if habit is None:
+            send.send_nowait(stream)
+            await trio.sleep_forever()
+        try:
+            await habit(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, handle, port, host=host, backlog=1024))
+        try:
+            yield Application(host, listeners[0].socket.getsockname()[1], receive)
+        except BaseException as exc:
+            error = exc
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """End it with RST."""
+    trio.lowlevel.notify_closing(stream.socket)
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    stream.socket.close()
+
+
+async def read_to_end(stream: trio.abc.ReceiveStream) -> tuple[bytes, str]:
+    """What came, and how it ended: ``eof`` or ``reset``."""
+    data = bytearray()
+    try:
+        with trio.fail_after(WAIT):
+            async for chunk in stream:
+                data += chunk
+    except trio.BrokenResourceError:
+        return bytes(data), "reset"
+    return bytes(data), "eof"
+
+
+async def ask(stream: trio.abc.HalfCloseableStream, request: bytes = b"hello world") -> bytes:
+    """Sends a request and the end, gives the whole answer."""
+    await stream.send_all(request)
+    await stream.send_eof()
+    answer, end = await read_to_end(stream)
+    assert end == "eof"
+    return answer
+
+
+# === nodes ===
+
+
 class Lines:
     """An access log that is a list."""
 
-    records: list[AccessRecord] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.records: list[AccessRecord] = []
+        self.level: int = LogLevel.INFO
+        self._read = 0
 
     def write(self, record: AccessRecord) -> None:
         self.records.append(record)
 
+    async def next(self) -> AccessRecord:
+        """The first line that was not asked for yet."""
+        await until(lambda: len(self.records) > self._read)
+        self._read += 1
+        return self.records[self._read - 1]
+
+
+class Refused(Exception):
+    """What a way in answered."""
+
 
 @dataclass
 class DataPlane:
-    """One node without its listeners' fixed ports."""
+    """One node without its fixed ports."""
 
     context: NodeContext
     outbound: NodeOutbound
     inbound: NodeInbound
+    plaintext: NodePlaintext
     log: Lines
     metrics: Metrics
     nursery: trio.Nursery
-    socks: Endpoint | None = None
+    socks: Endpoint
+    http: Endpoint
 
-    async def connect(self, host: str, port: int) -> trio.SocketStream:
-        """Through SOCKS5, as an application does; the reply is read."""
-        assert self.socks is not None
-        stream = await trio.open_tcp_stream(str(self.socks.ip), self.socks.port)
+    @property
+    def mesh(self) -> MeshState:
+        return self.context.mesh
+
+    async def connect(
+        self, host: str, port: int, *, way: str = "socks", source: str | None = None, early: bytes = b""
+    ) -> trio.SocketStream:
+        """As an application does; the answer is read. `early` is sent without waiting for that.
+
+        Raises:
+            Refused: the answer is no; with what it was.
+        """
+        if way == "http":
+            stream = await dial(self.http, source)
+            await stream.send_all(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() + early)
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += await _receive(stream, 1)
+            status = int(head.split()[1])
+            if status != 200:
+                body, _ = await read_to_end(stream)
+                await stream.aclose()
+                raise Refused(status, body.decode().strip())
+            return stream
+        stream = await dial(self.socks, source)
         name = host.encode()
-        await stream.send_all(b"\5\1\0" + b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big"))
-        reply = b""
-        while len(reply) < 12:
-            got = await stream.receive_some(12 - len(reply))
-            if not got:
-                raise ConnectionError(f"SOCKS5 said {reply!r}")
-            reply += got
+        request = b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big")
+        await stream.send_all(b"\5\1\0" + request + early)
+        reply = await _receive(stream, 12)
         if reply[3]:
             await stream.aclose()
-            raise ConnectionError(f"SOCKS5 says {reply[3]}")
+            raise Refused(reply[3])
         return stream
+
+    async def ask(self, host: str, port: int, *, way: str = "socks", request: bytes = b"hello world") -> bytes:
+        """One request and its answer."""
+        async with await self.connect(host, port, way=way) as stream:
+            return await ask(stream, request)
+
+    def left(self) -> dict[str, object]:
+        """What is left of connections that are over; empty when nothing is."""
+        context = self.context
+        pools = [pool.statistics() for pool in self.outbound.pools.values()]
+        opened, closed = total(self.metrics, "opened"), total(self.metrics, "closed")
+        values: dict[str, object] = {
+            "inbound": len(context.connections.inbound),
+            "outbound": len(context.connections.outbound),
+            "applications": self.outbound.connections,
+            "plaintext": self.plaintext.connections,
+            "pool tunnels": sum(pool.tunnels for pool in pools),
+            "pool waiters": sum(pool.waiting for pool in pools),
+            "tunnels": self.inbound.server.statistics().tunnels,
+            "uncounted": opened - closed,
+            "gauge": sum(s.value for s in samples(self.metrics, "hbone_tunnels_open")),
+            "sockets": sum(
+                s.value
+                for s in samples(self.metrics, "istio_tcp_sockets_open")
+                if s.labels["reporter"] == "source"  # sessions stay
+            ),
+        }
+        return {name: value for name, value in values.items() if value}
+
+
+async def dial(endpoint: Endpoint, source: str | None = None) -> trio.SocketStream:
+    """A TCP connection, from any address of this machine."""
+    if source is None:
+        return await trio.open_tcp_stream(str(endpoint.ip), endpoint.port)
+    sock = trio.socket.socket()
+    await sock.bind((source, 0))
+    await sock.connect((str(endpoint.ip), endpoint.port))
+    return trio.SocketStream(sock)
+
+
+async def _receive(stream: trio.SocketStream, size: int) -> bytes:
+    data = b""
+    with trio.fail_after(WAIT):
+        while len(data) < size:
+            chunk = await stream.receive_some(size - len(data))
+            if not chunk:
+                raise Refused(f"closed after {data!r}")
+            data += chunk
+    return data
+
+
+async def at_rest(*planes: DataPlane) -> None:
+    """Wait until nothing is left of any connection."""
+    try:
+        await until(lambda: not any(plane.left() for plane in planes))
+    except trio.TooSlowError:
+        raise AssertionError(f"left: {[plane.left() for plane in planes]}") from None
 
 
 @asynccontextmanager
 async def data_plane(
-    snapshot: MeshSnapshot | MeshState,
+    mesh: MeshSnapshot | MeshState,
     *,
-    ca: LocalCA,
-    workload: WorkloadInfo | None = None,
-    inbound_host: str | None = None,
+    ca: LocalCA | None = None,
+    issue: Any = None,
+    dedicated: WorkloadInfo | None = None,
+    node: str | None = None,
+    listen: str | tuple[str, ...] = (),
     hbone_port: int = 15008,
     settings: NodeSettings | None = None,
+    network: str = "",
+    patience: float = 5.0,
     seed: int = 1,
+    prefetch: bool = True,
 ) -> AsyncIterator[DataPlane]:
-    mesh = snapshot if isinstance(snapshot, MeshState) else MeshState(snapshot)
-    settings = settings or NodeSettings(keep_source=False)
-    svids = SvidManager(local_ca_issuer(ca))
+    """A node that runs until the block ends.
+
+    Args:
+        mesh: what it knows.
+        ca: issues its certificates.
+        issue: does so instead.
+        dedicated: its one workload; by address when None.
+        node: its name.
+        listen: where it takes HBONE.
+        hbone_port: at which port, and at which one others take it.
+        settings: of its data plane.
+        network: where it is.
+        patience: seconds to wait for its own workload.
+        seed: of its choices.
+        prefetch: whether it has its certificates before the block begins.
+    """
+    mesh = mesh if isinstance(mesh, MeshState) else MeshState(mesh)
+    settings = settings or NodeSettings(keep_source=False, network=network)
+    if issue is None:
+        assert ca is not None
+        issue = local_ca_issuer(ca)
+    svids = SvidManager(issue)
     log, metrics, authorizer = Lines(), Metrics(), Authorizer()
-    local = LocalWorkloads(mesh, network=settings.network, dedicated=workload)
+
+    def on_verdict(verdict: Verdict) -> None:
+        metrics.policy_verdict("allow" if verdict.allowed else "deny")
+        for match in verdict.dry_run:
+            metrics.policy_verdict("deny" if match.action is Action.DENY else "allow", dry_run=True)
+
+    routing = RoutingConfig(network=network, hbone_port=hbone_port, illegal_ports=ILLEGAL_PORTS | {hbone_port})
     context = NodeContext(
         mesh=mesh,
-        router=Router(RoutingConfig(network=settings.network, hbone_port=hbone_port), random.Random(seed).random),
+        router=Router(routing, random.Random(seed).random),
         authorizer=authorizer,
         svids=svids,
-        local=local,
-        connections=ConnectionTable(mesh, authorizer),
+        local=LocalWorkloads(mesh, network=network, dedicated=dedicated, node=node, patience=patience),
+        connections=ConnectionTable(mesh, authorizer, on_verdict=on_verdict),
         metrics=metrics,
         access_log=log,  # type: ignore[arg-type]
         settings=settings,
     )
+    error: BaseException | None = None  # carried around the nurseries, which would put it into groups
     async with trio.open_nursery() as nursery:
         nursery.start_soon(svids.run)
-        identities = [served.identity for served in local.served()]
+        identities = [served.identity for served in context.local.served()]
         svids.want(identities)
-        for identity in identities:
-            await svids.get(identity)
+        if prefetch:
+            for identity in identities:
+                await svids.get(identity)
         await nursery.start(context.connections.watch)
-        inbound = NodeInbound(context)
+        inbound, plaintext = NodeInbound(context), NodePlaintext(context)
         async with NodeOutbound(context) as outbound:
-            plane = DataPlane(context, outbound, inbound, log, metrics, nursery)
-            plane.socks = await nursery.start(outbound.serve_socks, "127.0.0.1", 0)
-            if inbound_host is not None:
-                await nursery.start(inbound.serve, inbound_host, hbone_port)
-            yield plane
-            await outbound.drain(0)
+            socks = await nursery.start(outbound.serve_socks, "127.0.0.1", 0)
+            http = await nursery.start(outbound.serve_http_connect, "127.0.0.1", 0)
+            for host in (listen,) if isinstance(listen, str) else listen:
+                await nursery.start(inbound.serve, host, hbone_port)
+            try:
+                yield DataPlane(context, outbound, inbound, plaintext, log, metrics, nursery, socks, http)
+                await outbound.drain(0)
+            except BaseException as exc:
+                error = exc
         nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+
+
+# === captured connections ===
+
+
+class Captures:
+    """Stands in for netfilter: what the kernel would remember of each connection."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hbone.proxy._ways import _capture
+
+        self._targets: dict[Any, Endpoint] = {}
+        self._real = _capture.original_destination
+        monkeypatch.setattr(_capture, "original_destination", self._look_up)
+
+    def _look_up(self, sock: socket.socket) -> Endpoint:
+        return self._targets.get(sock.getpeername()) or self._real(sock)
+
+    async def dial(self, proxy: Endpoint, target: str, source: str = "127.0.0.1") -> trio.SocketStream:
+        """A connection to `target` that ends up at `proxy`."""
+        sock = trio.socket.socket()
+        await sock.bind((source, 0))
+        self._targets[sock.getsockname()] = Endpoint.parse(target)
+        await sock.connect((str(proxy.ip), proxy.port))
+        return trio.SocketStream(sock)
+
+
+# === metrics ===
+
+
+def samples(metrics: Metrics, family: str) -> list[Any]:
+    """Of one family, as a scrape has them."""
+    return [sample for each in metrics.collect() if each.name == family for sample in each.samples]
+
+
+def total(metrics: Metrics, what: str, **labels: str) -> float:
+    """How many connections were ``opened``, ``closed`` or have ``failed``, with these labels."""
+    return sum(
+        sample.value
+        for sample in samples(metrics, f"istio_tcp_connections_{what}")
+        if all(sample.labels[name] == value for name, value in labels.items())
+    )
+
+
+def traffic(metrics: Metrics) -> Counter[tuple[str, str]]:
+    """Connections and bytes by reporter and what was counted: ``opened``, ``received``, ``sent``, ``closed FLAG``."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for family, what in (
+        ("istio_tcp_connections_opened", "opened"),
+        ("istio_tcp_received_bytes", "received"),
+        ("istio_tcp_sent_bytes", "sent"),
+        ("istio_tcp_connections_closed", "closed"),
+    ):
+        for sample in samples(metrics, family):
+            name = f"closed {sample.labels['response_flags']}" if what == "closed" else what
+            counts[sample.labels["reporter"], name] += int(sample.value)
+    return +counts
+
+
+def labels_of(metrics: Metrics, reporter: str, *, without: tuple[str, ...] = ("unknown",)) -> dict[str, str]:
+    """The labels of the only set of one reporter, but for those with these values."""
+    (sample,) = [
+        sample
+        for sample in samples(metrics, "istio_tcp_connections_opened")
+        if sample.labels["reporter"] == reporter
+    ]
+    return {name: value for name, value in sample.labels.items() if value not in without}
+
+
