@@ -353,17 +353,16 @@ class _Builder:
 
 
 def _undecided(rules: tuple[Rule, ...]) -> list[list[Clause]] | None:
-    """What a flow has to be asked for: rules of clauses of matches, all of them with something in them.
+    """Rules of clauses of matches that a flow has to be asked for; None when the rules match whatever comes.
 
-    None when the rules match whatever comes.
+    A clause that is left without matches never holds: its range is empty.
     """
     found = []
     for rule in rules:
         clauses = [tuple(match for match in clause if any(_constraints(match))) for clause in rule if clause]
         if not clauses:
             return None
-        if all(clauses):
-            found.append(clauses)
+        found.append(clauses)
     return found
 
 
