@@ -68,9 +68,6 @@ class Candidates:
     endpoints: tuple[ServiceEndpoint, ...]
     weights: Weights | None
 
-    def __len__(self) -> int:
-        return len(self.endpoints)
-
 
 @dataclass(frozen=True, slots=True)
 class Rank:

@@ -296,6 +296,16 @@ OUTBOUND: list[tuple[str, list[Any], str, str]] = [
         """,
     ),
     (
+        "a VIP that is passed through",
+        [replace(STOCK, **PASSTHROUGH)],
+        "10.96.0.1:80",
+        """
+        10.96.0.1 is a VIP of the service shop/stock.example
+        shop/stock.example is passed through: its connections go where the application sent them
+        passed through in plain TCP to 10.96.0.1:80
+        """,
+    ),
+    (
         "the name of a workload",
         [endpoint(1, hostname="vm.example")],
         "vm.example:80",

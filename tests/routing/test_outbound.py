@@ -480,8 +480,9 @@ def test_the_first_address_when_none_is_of_the_family() -> None:
     To(says="10.0.1.1:8080 using HBONE via 10.0.1.1:15008 type Direct").check(outcome)
 
 
-def test_no_address_of_the_service_s_only_family() -> None:
-    outcome = decide(mesh(stock(1), replace(BOTH, ip_families=IpFamilies.IPV6)), "10.96.0.1:80")
+@pytest.mark.parametrize("fields", [HBONE, TCP], ids=["HBONE", "TCP"])
+def test_no_address_of_the_service_s_only_family(fields: dict[str, Any]) -> None:
+    outcome = decide(mesh(stock(1, **fields), replace(BOTH, ip_families=IpFamilies.IPV6)), "10.96.0.1:80")
     To(says="no valid destination: shop/stock-1 has no address that can be used").check(outcome)
 
 
