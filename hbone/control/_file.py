@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import trio
 
@@ -39,6 +39,7 @@ _SETTLE: Final = 0.1
 """Seconds for which a file must not have changed. Longer than a step of any file system's clock."""
 _PAUSE: Final = 0.0005
 
+_T = TypeVar("_T")
 _Signature: TypeAlias = "tuple[int, int, int, int] | None"
 
 
@@ -50,9 +51,9 @@ class FileMeshStatus:
         path: the file.
         read_at: when it was last read; None before that.
         seconds: how long reading it took.
-        workloads: how many good ones are in it; so the next two.
-        services: see above.
-        policies: see above.
+        workloads: how many good ones are in it.
+        services: how many good ones are in it.
+        policies: how many good ones are in it.
         faults: what is wrong in it. Then what is in force is older than the file, in whole or in part.
         warnings: what is no fault but will hardly do what was meant.
     """
@@ -224,4 +225,5 @@ def _signature(path: Path) -> _Signature:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
-_in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True)
+async def _in_thread(function: Callable[[], _T]) -> _T:
+    return await trio.to_thread.run_sync(function, abandon_on_cancel=True)

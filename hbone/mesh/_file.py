@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pathlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from hbone.errors import MeshConfigError, MeshFault
 from hbone.mesh._snapshot import MeshSnapshot
@@ -20,7 +20,7 @@ from hbone.mesh._values import AuthorizationPolicy, NamespacedHostname, NetworkA
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from hbone.mesh._file_yaml import Path, Place, RawEntry
     from hbone.mesh._values import GatewayAddress
@@ -32,7 +32,10 @@ MAX_MESH_FILE: Final = 64 * 1024 * 1024
 MAX_FAULTS: Final = 1000
 """How many faults are told apart, and how many warnings."""
 _ENTRIES_A_PAUSE: Final = 10
+_SINGULAR: Final = {"workloads": "workload", "services": "service", "policies": "policy"}
 
+_Key = TypeVar("_Key")
+_Kept = TypeVar("_Kept")
 _Value: TypeAlias = Workload | Service | AuthorizationPolicy
 _Target: TypeAlias = "tuple[str, object]"
 
@@ -67,7 +70,8 @@ class ParsedMesh:
         policies: the good ones, in the order of the file.
         faults: what is wrong, in the order of the file.
         warnings: what is no fault but will hardly do what was meant, such as a name that nothing has.
-        broken: the entries with faults. A repeated one is not among them: the first of its name counts.
+        broken: the entries with faults. Of two with the same name the first counts, and what the second was meant to
+            be is not known.
         readable: whether the file as a whole makes sense; if not, nothing of it is here but its faults.
     """
 
@@ -96,49 +100,63 @@ class ParsedMesh:
     def snapshot_after(self, previous: MeshSnapshot) -> MeshSnapshot:
         """The snapshot that follows `previous` when this is the file's new text.
 
-        What is good is taken. A broken entry stays as it was in `previous`, if it was there. A file that is not
-        readable changes nothing.
+        What is good is taken. A broken entry stays as it was in `previous`. When it cannot be told which one of
+        `previous` a broken entry was, nothing of its section is removed. A file that is not readable changes nothing.
 
         Returns:
             a snapshot that shares with the previous one whatever is equal; the previous one when nothing changes.
         """
         if not self.readable:
             return previous
-        workloads: list[Workload] = list(self.workloads)
-        services: list[Service] = list(self.services)
-        policies: list[AuthorizationPolicy] = list(self.policies)
-        uids = {workload.uid for workload in workloads}
-        names = {service.key for service in services}
-        keys = {policy.key for policy in policies}
-        for entry in reversed(self.broken):  # from the end, so that positions stay true
-            match entry.section:
-                case "workloads":
-                    workload = _workload_like(previous, entry)
-                    if workload is not None and workload.uid not in uids:
-                        uids.add(workload.uid)
-                        workloads.insert(entry.position, workload)
-                case "services":
-                    service = previous.services.get(NamespacedHostname(entry.namespace, entry.name))
-                    if service is not None and service.key not in names:
-                        names.add(service.key)
-                        services.insert(entry.position, service)
-                case _:
-                    policy = previous.policies.get(f"{entry.namespace}/{entry.name}")
-                    if policy is not None and policy.key not in keys:
-                        keys.add(policy.key)
-                        policies.insert(entry.position, policy)
-        return previous.replaced_by(workloads, services, policies)
+        broken: dict[str, list[BrokenEntry]] = {"workloads": [], "services": [], "policies": []}
+        for entry in self.broken:
+            broken[entry.section].append(entry)
+        uids: dict[tuple[str, str], str] = {}
+        if any(not entry.uid for entry in broken["workloads"]):
+            uids = {(each.namespace, each.name): each.uid for each in previous.workloads.values()}
+        return previous.replaced_by(
+            _with_kept(
+                {workload.uid: workload for workload in self.workloads},
+                previous.workloads,
+                [
+                    (entry.position, entry.uid or uids.get((entry.namespace, entry.name), ""))
+                    for entry in broken["workloads"]
+                ],
+            ),
+            _with_kept(
+                {service.key: service for service in self.services},
+                previous.services,
+                [(entry.position, NamespacedHostname(entry.namespace, entry.name)) for entry in broken["services"]],
+            ),
+            _with_kept(
+                {policy.key: policy for policy in self.policies},
+                previous.policies,
+                [(entry.position, f"{entry.namespace}/{entry.name}") for entry in broken["policies"]],
+            ),
+        )
 
 
-def _workload_like(snapshot: MeshSnapshot, entry: BrokenEntry) -> Workload | None:
-    if entry.uid:
-        return snapshot.workloads.get(entry.uid)
-    if not (entry.namespace and entry.name):
-        return None
-    for workload in snapshot.workloads.values():
-        if workload.namespace == entry.namespace and workload.name == entry.name:
-            return workload
-    return None
+def _with_kept(
+    good: dict[_Key, _Kept], previous: Mapping[_Key, _Kept], broken: Sequence[tuple[int, _Key]]
+) -> list[_Kept]:
+    """What is good, and of what was before what has to stay.
+
+    Args:
+        good: by key, in the order of the file.
+        previous: what was before.
+        broken: for each broken entry how many good ones are before it, and its key as far as one can tell.
+    """
+    found = list(good.values())
+    kept = {key for _, key in broken if key in previous and key not in good}
+    unknown = any(key not in previous for _, key in broken)
+    for position, key in reversed(broken):  # from the end, so that positions stay true
+        if key in kept:
+            kept.remove(key)
+            found.insert(position, previous[key])
+    if unknown:
+        there = good.keys() | {key for _, key in broken}
+        found += [value for key, value in previous.items() if key not in there]
+    return found
 
 
 def load_mesh(path: str | os.PathLike[str]) -> ParsedMesh:
@@ -317,7 +335,9 @@ class _Parser:
         key = value.uid if isinstance(value, Workload) else value.key
         if key in found:
             first = self._lines[entry.section, key]
-            self._faults.add(entry.place(), entry.spell(), f"{str(key)!r} is there twice; the first is in line {first}")
+            message = f"expected each {_SINGULAR[entry.section]} once; {str(key)!r} is also in line {first}"
+            self._faults.add(entry.place(), entry.spell(), message)
+            self._broken.append(BrokenEntry(section=entry.section, position=len(found)))
             return
         old = self._previous[entry.section].get(key)
         found[key] = value = old if old == value else value

@@ -13,13 +13,13 @@ import re
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, WithJsonSchema
 from pydantic.alias_generators import to_camel
 
 from hbone.errors import InvalidIdentity
-from hbone.identity import SpiffeIdentity, TrustDomain
+from hbone.identity import SpiffeIdentity
 from hbone.mesh._file_yaml import Problem
 from hbone.mesh._values import (
     Action,
@@ -208,17 +208,18 @@ def _string_match(value: object) -> StringMatch:
                 return StringMatch(kind)
             raise ValueError(f"expected !Presence [] without a text, not {_shown(text)}")
         if kind is not None:
-            if isinstance(text, str) and len(text) <= _LONGEST_TEXT:
+            if isinstance(text, str) and 0 < len(text) <= _LONGEST_TEXT:
                 return StringMatch(kind, text)
             raise _expected(f"a text after !{word}", text)
-        raise ValueError(f"expected !Exact, !Prefix, !Suffix or !Presence, not !{word}{suggestion(word, _KINDS)}")
+        hint = suggestion(word, [f"!{each}" for each in _KINDS])
+        raise ValueError(f"expected !Exact, !Prefix, !Suffix or !Presence, not !{word}{hint}")
     raise _expected('!Exact TEXT (or {"Exact": TEXT}), !Prefix TEXT, !Suffix TEXT or !Presence []', value)
 
 
 def suggestion(word: str, choices: Any) -> str:
     """``; did you mean X?`` when one of the choices is close, else nothing."""
     for choice in choices:
-        if choice.lower() == word.lower():
+        if choice.lower().lstrip("!") == word.lower().replace("_", ""):
             return f"; did you mean {choice}?"
     close = difflib.get_close_matches(word[:_SHOWN], choices, n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -246,6 +247,14 @@ PortOrNone: TypeAlias = Annotated[
     PlainValidator(_number("a port", 0, 65535)),
     WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 65535}),
 ]
+Ports: TypeAlias = Annotated[
+    dict[Port, PortOrNone],
+    WithJsonSchema({
+        "type": "object",
+        "patternProperties": {"^[1-9][0-9]{0,4}$": {"type": "integer", "minimum": 0, "maximum": 65535}},
+        "additionalProperties": False,
+    }),
+]  # fmt: skip
 Ip: TypeAlias = Annotated[
     IPv4Address | IPv6Address,
     PlainValidator(_ip),
@@ -339,7 +348,7 @@ class WorkloadEntry(Entry):
     name: Text = ""
     namespace: Name
     workload_ips: list[Ip]
-    services: dict[ServiceName, dict[Port, PortOrNone]] = Field(
+    services: dict[ServiceName, Ports] = Field(
         description="The services that it is an endpoint of, as NAMESPACE/HOSTNAME: service port -> its own port."
     )
     network: Text = Field(default="", description="The network that its addresses are in.")
@@ -436,29 +445,28 @@ def workload_uid(cluster_id: str, namespace: str, name: str) -> str:
 
 
 def _complain_of_identity(workload: Workload, complain: Complain) -> None:
-    tries: tuple[tuple[str, Callable[[], object]], ...] = (
-        ("trustDomain", lambda: TrustDomain(workload.trust_domain)),
-        ("namespace", lambda: SpiffeIdentity.for_workload(namespace=workload.namespace, service_account="default")),
-        (
-            "serviceAccount",
-            lambda: SpiffeIdentity.for_workload(namespace="default", service_account=workload.service_account),
-        ),
-    )
-    for field, attempt in tries:
+    def possible(**parts: str) -> bool:
         try:
-            attempt()
-        except InvalidIdentity as problem:
-            _, _, why = str(problem).rpartition("': ")
-            complain((field,), f"expected what can be a part of a SPIFFE id: {why}")
-            return
-    complain((), "the SPIFFE id of this workload is too long")
+            SpiffeIdentity.for_workload(**{"namespace": "n", "service_account": "s", **parts})
+        except InvalidIdentity:
+            return False
+        return True
+
+    usual = "a-z A-Z 0-9 . _ -"
+    if not possible(trust_domain=workload.trust_domain):
+        complain(("trustDomain",), f"expected a trust domain (a-z 0-9 . _ -), not {_shown(workload.trust_domain)}")
+    if not possible(namespace=workload.namespace):
+        complain(("namespace",), f"expected a name for a SPIFFE id ({usual}), not {_shown(workload.namespace)}")
+    if not possible(service_account=workload.service_account):
+        what = _shown(workload.service_account)
+        complain(("serviceAccount",), f"expected a name for a SPIFFE id ({usual}), not {what}")
 
 
 class EndpointEntry(Entry):
     """One workload as an endpoint of a service."""
 
     workload_uid: Name
-    port: dict[Port, PortOrNone] = Field(description="Service port -> the workload's port.")
+    port: Ports = Field(description="Service port -> the workload's port.")
     status: HealthStatus = HealthStatus.HEALTHY
 
 
@@ -493,7 +501,7 @@ class ServiceEntry(Entry):
     namespace: Name
     hostname: Name
     vips: list[Vip] = Field(description="NETWORK/IP; /10.0.0.1 is in the network without a name.")
-    ports: dict[Port, PortOrNone] = Field(
+    ports: Ports = Field(
         description="Service port -> target port; 0 for a port that each endpoint has another one for."
     )
     cidr_vips: list[CidrVipEntry] = []
@@ -652,7 +660,7 @@ def problems_of(error: ValidationError, model: type[Entry]) -> Iterator[Problem]
     """Each thing that is wrong with an entry, in our words."""
     for detail in error.errors(include_url=False):
         path = detail["loc"]
-        at_key = bool(path) and path[-1] == "[key]"
+        at_key = path[-1:] == ("[key]",) and detail["type"] != "extra_forbidden"
         if at_key:
             path = path[:-1]
         message = _message(detail["type"], detail["input"], detail.get("ctx", {}), path, model)
@@ -664,11 +672,10 @@ def _message(kind: str, value: object, context: dict[str, Any], path: Path, mode
         case "value_error":
             return str(context["error"])
         case "missing":
-            return f"expected {path[-1]}, which every such entry has" if path else "is missing"
+            return f"expected {path[-1]}, which is missing"
         case "extra_forbidden":
             choices = _known_keys(model, path[:-1])
-            word = str(path[-1])
-            return f"unknown key{suggestion(word, choices)}" + (f"; known are {', '.join(choices)}" if choices else "")
+            return "unknown key" + (suggestion(str(path[-1]), choices) or f"; expected one of {', '.join(choices)}")
         case "enum":
             words = re.findall(r"'([^']*)'", str(context["expected"]))
             hint = suggestion(value, words) if isinstance(value, str) else ""
@@ -690,22 +697,19 @@ def _message(kind: str, value: object, context: dict[str, Any], path: Path, mode
 
 
 def _known_keys(model: type[Entry], path: Path) -> list[str]:
-    """The keys that an entry may have at a path."""
+    """The keys that the entry at a path may have."""
     found: Any = model
     for step in path:
+        found = _bare(found)
         if isinstance(found, type) and issubclass(found, Entry):
-            by_key = {field.alias: field.annotation for field in found.model_fields.values()}
-            found = _entry_within(by_key.get(str(step)))
-    if isinstance(found, type) and issubclass(found, Entry):
-        return [str(field.alias) for field in found.model_fields.values()]
-    return []
+            found = {field.alias: field.annotation for field in found.model_fields.values()}[str(step)]
+        else:
+            found = get_args(found)[-1]
+    return [str(field.alias) for field in _bare(found).model_fields.values()]
 
 
-def _entry_within(annotation: Any) -> Any:
-    """The model that a list, a map or an optional field is about."""
-    if isinstance(annotation, type) and issubclass(annotation, Entry):
-        return annotation
-    for inner in get_args(annotation):
-        if (found := _entry_within(inner)) is not None:
-            return found
-    return None
+def _bare(annotation: Any) -> Any:
+    """An annotation without what is said about it, and without None."""
+    while get_origin(annotation) not in (None, list, dict):
+        annotation = get_args(annotation)[0]
+    return annotation

@@ -286,7 +286,8 @@ class _Reader:
         if section not in self._sections:
             from hbone.mesh._file_model import suggestion
 
-            message = f"unknown key{suggestion(section, self._sections)}; known are {', '.join(self._sections)}"
+            hint = suggestion(section, self._sections)
+            message = "unknown key" + (hint or f"; expected one of {', '.join(self._sections)}")
         elif section in seen:
             message = f"expected each key once; the first {section} is in line {seen[section]}"
         elif not isinstance(value, SequenceStartEvent) and not _is_nothing(value):
