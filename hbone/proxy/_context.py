@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from hbone.address import IPAddress
     from hbone.certs import SvidManager
-    from hbone.mesh import MeshSnapshot, MeshState, Workload
+    from hbone.mesh import MeshState, Workload
     from hbone.protocol import Limits
     from hbone.proxy._connections import ConnectionTable
     from hbone.rbac import Authorizer
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hbone.transport import PoolLimits, SocketOptions, Timeouts
 
 __all__ = ["LocalWorkloads", "NodeContext", "NodeSettings", "WorkloadInfo"]
+
+#: Addresses whose owner is remembered: anybody may connect from any address.
+_REMEMBERED: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,10 @@ class WorkloadInfo:
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}/{self.service_account}"
+
+
+class _Known(dict["IPAddress | None", "Workload | None"]):
+    """Whose connections are; kept with the snapshot that says so."""
 
 
 class LocalWorkloads:
@@ -63,8 +70,6 @@ class LocalWorkloads:
         self._dedicated = dedicated
         self._node = node
         self._patience = patience
-        self._seen: MeshSnapshot | None = None
-        self._found: dict[IPAddress | None, Workload | None] = {}
 
     @property
     def dedicated(self) -> WorkloadInfo | None:
@@ -74,12 +79,12 @@ class LocalWorkloads:
     def find(self, ip: IPAddress) -> Workload | None:
         """The workload that a connection from or to this local address belongs to; None when we serve none there."""
         snapshot = self._mesh.snapshot
-        if snapshot is not self._seen:
-            self._seen = snapshot
-            self._found.clear()
+        known = snapshot.memo.get(self)
+        if not isinstance(known, _Known) or len(known) >= _REMEMBERED:
+            known = snapshot.memo[self] = _Known()
         key = None if self._dedicated is not None else ip
         try:
-            return self._found[key]
+            return known[key]
         except KeyError:
             pass
         info = self._dedicated
@@ -89,9 +94,7 @@ class LocalWorkloads:
             found = snapshot.workload_by_address(self._network, ip)
             if found is not None and self._node is not None and found.node != self._node:
                 found = None
-        if len(self._found) >= 4096:  # anybody may connect from any address
-            self._found.clear()
-        self._found[key] = found
+        known[key] = found
         return found
 
     async def wait_for(self, ip: IPAddress) -> Workload | None:

@@ -27,7 +27,6 @@ from hbone.proxy._node_plaintext import NodePlaintext
 from hbone.rbac import Authorizer
 from hbone.routing import ILLEGAL_PORTS, Router, RoutingConfig
 from hbone.telemetry import AccessRecord, LogLevel, Metrics
-from hbone.transport import reset_socket
 from support.backends import own_loopback
 from support.meshes import service, workload
 
@@ -471,10 +470,6 @@ def traffic(metrics: Metrics) -> Counter[tuple[str, str]]:
 def labels_of(metrics: Metrics, reporter: str, *, without: tuple[str, ...] = ("unknown",)) -> dict[str, str]:
     """The labels of the only set of one reporter, but for those with these values."""
     (sample,) = [
-        sample
-        for sample in samples(metrics, "istio_tcp_connections_opened")
-        if sample.labels["reporter"] == reporter
+        sample for sample in samples(metrics, "istio_tcp_connections_opened") if sample.labels["reporter"] == reporter
     ]
     return {name: value for name, value in sample.labels.items() if value not in without}
-
-
