@@ -132,7 +132,7 @@ class Draws:
         return next(self._remaining, 0.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(workloads | services, max_size=12), changes, st.randoms(use_true_random=False))
 def test_a_router_answers_what_the_function_answers(
     parts: list[Any], history: list[Any], chance: random.Random
