@@ -167,8 +167,9 @@ def _places(events: list[Event]) -> _Places:
                 stack.append((outer, None, None))
             else:
                 is_key = True
-                word = str(getattr(event, "value", ""))
-                path = (*outer, word)
+                # Another key than a text is a fault of the map.
+                word = event.value if isinstance(event, ScalarEvent) else ""
+                path = (*outer, word) if isinstance(event, ScalarEvent) else outer
                 stack.append((outer, None, word))
         (places.keys if is_key else places.values).setdefault(path, _place(event.start_mark))
         places.paths[number] = path
