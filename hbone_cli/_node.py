@@ -145,7 +145,7 @@ async def _live(node: Node, signals: AsyncIterator[int], reporter: Reporter) -> 
 
     why: list[str] = []
     told = trio.Event()
-    first = trio.CancelScope()
+    first, first_is_over = trio.CancelScope(), trio.Event()
     started = False
 
     async def wait_for_signal() -> None:
@@ -155,6 +155,7 @@ async def _live(node: Node, signals: AsyncIterator[int], reporter: Reporter) -> 
                 raise Interrupted(number)
             why.append(signal.Signals(number).name)
             told.set()
+        first_is_over.set()
 
     async def wait_for_request() -> None:
         await node.stop_requested.wait()
@@ -179,6 +180,7 @@ async def _live(node: Node, signals: AsyncIterator[int], reporter: Reporter) -> 
             nursery.start_soon(wait_for_request)
             await told.wait()
             first.cancel()  # the next signal is the drain's
+            await first_is_over.wait()
             live = node.statistics().live
             await drain(node.drain, live, node.config.drain_deadline, why[0], signals, reporter)
         nursery.cancel_scope.cancel()

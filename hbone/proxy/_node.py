@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
     from hbone.admin import AdminRequest, AdminResponse, Handler, Levels, Route
     from hbone.certs import SvidStatus
+    from hbone.control import FileMeshSource
     from hbone.identity import SpiffeIdentity
     from hbone.mesh import MeshSnapshot, Workload
     from hbone.proxy._node_config import NodeConfig
@@ -155,7 +156,7 @@ class Node:
         self._log_levels = log_levels
         self._random = random
         self._coming = MeshState()
-        self._source: Any = None
+        self._source: FileMeshSource | None = None
         self._files: FileSvidSource | None = None
         self._certificates_changed = trio.Event()
         self._stack: AsyncExitStack | None = None
@@ -230,7 +231,7 @@ class Node:
         if self._given is not None:
             self._coming.replace(self._given)
         elif config.mesh is not None:
-            from hbone.control import FileMeshSource  # type: ignore[attr-defined]
+            from hbone.control import FileMeshSource
 
             self._source = FileMeshSource(
                 config.mesh, self._coming, on_faults=self._mesh_faults, poll_interval=config.mesh_interval
@@ -249,8 +250,12 @@ class Node:
         _log.info("mesh loaded", extra={"fields": _counts(self.mesh.snapshot)})
 
     def _mesh_faults(self, faults: Iterable[object]) -> None:
+        good = True
         for fault in faults:
+            good = False
             _log.error("mesh file: %s", fault)
+        if good:
+            _log.info("the mesh file is right again")
 
     def _mesh_warnings(self, warnings: Iterable[object]) -> None:
         for warning in warnings:
@@ -530,6 +535,7 @@ class Node:
     def _routes(self) -> Mapping[str, Handler | Route]:
         more: dict[str, Handler | Route] = {
             "/config_dump": self._config_dump,
+            "/debug/mesh": lambda _: json_response(self._mesh_status()),
             "/debug/pool": lambda _: json_response(pool_json(self._outbound.pools)),
             "/debug/sessions": lambda _: json_response(
                 sessions_json(self._outbound.pools, self._inbound.server.sessions, self._inbound.server.statistics())
@@ -544,6 +550,23 @@ class Node:
         return standard_routes(
             render_metrics=self.metrics.render, readiness=self.readiness, title="hbone node", more=more
         )
+
+    def _mesh_status(self) -> dict[str, Any]:
+        """What is in force, and what became of the file."""
+        source = None
+        if self._source is not None:
+            status = self._source.status
+            source = {
+                "faults": list(map(str, status.faults)),
+                "path": status.path,
+                "policies": status.policies,
+                "readAt": f"{status.read_at:%Y-%m-%dT%H:%M:%SZ}" if status.read_at is not None else None,
+                "seconds": round(status.seconds, 3),
+                "services": status.services,
+                "warnings": list(map(str, status.warnings)),
+                "workloads": status.workloads,
+            }
+        return {"file": source, "inForce": _counts(self.mesh.snapshot)}
 
     def _outbound_connections(self) -> tuple[Any, ...]:
         return tuple(self._context.connections.outbound)

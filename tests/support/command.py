@@ -131,13 +131,13 @@ class Lines:
 class Node:
     """A proxy that runs, and says what happens as JSON (unless told otherwise; then nobody waits until it is ready)."""
 
-    def __init__(self, *words: str, json_lines: bool = True) -> None:
+    def __init__(self, *words: str, json_lines: bool = True, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [*HBONE, *words, *(["--json"] if json_lines else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(),
+            env=environment(**(env or {})),
         )
         self.log = Lines(self.process.stdout)
         self.said = Lines(self.process.stderr)
