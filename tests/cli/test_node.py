@@ -321,7 +321,7 @@ def test_a_changed_file_is_in_force_and_a_broken_one_changes_nothing(run, mesh):
     assert get(node, VIP) is None
     state = json.loads(fetch(node, "admin", "/debug/mesh")[1])
     assert state["inForce"] == {"policies": 1, "services": 1, "workloads": 1}
-    assert state["file"]["faults"][0].startswith(f"{mesh}:1:")
+    assert state["file"]["faults"][0].startswith(f"{mesh}:")
     mesh.write_text(right)
     node.log.wait(lambda line: "\tmesh changed\t" in line and "policies=0" in line, "the change back")
     node.log.wait(lambda line: "the mesh file is right again" in line, "no fault")
