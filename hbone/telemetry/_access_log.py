@@ -392,6 +392,22 @@ class AccessLog:
         now = time.time()
         self._add(self._format(record, now), now)
 
+    def write_info(self, scope: str, message: str) -> None:
+        """Takes a message of level ``info`` about a connection. Never waits; not for other threads.
+
+        Args:
+            scope: ``proxy::outbound``, for instance; as it stands in the plain format.
+            message: is escaped, as it may have parts that a peer chose.
+        """
+        now = time.time()
+        if not _plain_text(message):
+            message = quote(message)[1:-1]
+        if self._log_format is LogFormat.JSON:
+            line = f'{{"level":"info","time":"{timestamp(now)}","scope":"hbone::{scope}","message":"{message}"}}'
+        else:
+            line = f"{timestamp(now)}\tinfo\t{scope}\t{message}\t"
+        self._add(line, now)
+
     def write_line(self, line: str) -> None:
         """Takes a line of another log, printable ASCII only, that is to be in this stream too.
 
