@@ -17,8 +17,19 @@ from OpenSSL import SSL
 
 from hbone import Authority, Endpoint, SpiffeIdentity, Svid
 from hbone.certs import LocalCA
+from hbone.mesh import Workload
 from hbone.protocol import ConnectRequest, Engine, Forwarded, TraceParent
-from hbone.telemetry import AccessLog, AccessRecord, Direction, LogFormat, format_json, format_plain
+from hbone.telemetry import (
+    AccessLog,
+    AccessRecord,
+    Direction,
+    LogFormat,
+    Metrics,
+    TrafficLabels,
+    format_json,
+    format_plain,
+    labels_for,
+)
 from hbone.tls import PeerPolicy, client_connection, server_connection
 from hbone.transport import _openssl
 
@@ -194,27 +205,65 @@ def bench_tls(bench: Bench) -> None:
         bench(f"TLS: a 1 KiB message, out and in, {name} calls", message, 5000)
 
 
-def bench_access_log(bench: Bench) -> None:
-    record = AccessRecord(
-        direction=Direction.OUTBOUND,
-        src_addr=Endpoint.parse("10.0.0.1:40000"),
-        src_identity=SpiffeIdentity.parse("spiffe://cluster.local/ns/shop/sa/web"),
-        dst_addr=Endpoint.parse("10.0.0.7:15008"),
-        dst_hbone_addr=Authority.parse("10.0.0.7:8080"),
-        dst_identity=SpiffeIdentity.parse("spiffe://cluster.local/ns/shop/sa/cart"),
-        bytes_sent=1000,
-        bytes_recv=100_000,
-        duration=0.012,
-    )
-    bench("access log: a plain line", lambda: format_plain(record, 1_700_000_000.5), 5000)
-    bench("access log: a JSON line", lambda: format_json(record, 1_700_000_000.5), 5000)
+def bench_telemetry(bench: Bench) -> None:
+    def record() -> AccessRecord:
+        return AccessRecord(
+            direction=Direction.OUTBOUND,
+            src_addr=source,
+            src_workload="web-7c9d",
+            src_namespace="shop",
+            src_identity=web,
+            src_cluster="Kubernetes",
+            dst_addr=hop,
+            dst_hbone_addr=authority,
+            dst_service="cart.shop.svc.cluster.local",
+            dst_workload="cart-0",
+            dst_namespace="shop",
+            dst_identity=cart,
+            dst_cluster="Kubernetes",
+            bytes_sent=1000,
+            bytes_recv=100_000,
+            duration=0.012,
+        )
+
+    source, hop = Endpoint.parse("10.0.0.1:40000"), Endpoint.parse("10.0.0.7:15008")
+    authority = Authority.parse("10.0.0.7:8080")
+    web = SpiffeIdentity.parse("spiffe://cluster.local/ns/shop/sa/web")
+    cart = SpiffeIdentity.parse("spiffe://cluster.local/ns/shop/sa/cart")
+    made = record()
+    bench("access log: a record, made", record, 5000)
+    bench("access log: a plain line", lambda: format_plain(made, 1_700_000_000.5), 5000)
+    bench("access log: a JSON line", lambda: format_json(made, 1_700_000_000.5), 5000)
 
     async def write() -> None:
         with open("/dev/null", "wb", buffering=0) as out:  # noqa: PTH123
             async with AccessLog(out, LogFormat.PLAIN, max_buffer=1 << 30) as log:
-                bench("access log: a plain line, written", lambda: log.write(record), 5000)
+                bench("access log: a plain line, written", lambda: log.write(made), 5000)
 
     trio.run(write)
+
+    metrics = Metrics()
+    workload = Workload(uid="a", name="web-7c9d", namespace="shop", workload_name="web", canonical_name="web")
+
+    def labels() -> TrafficLabels:
+        return labels_for(
+            "source",
+            source=workload,
+            destination=workload,
+            source_principal=web,
+            destination_principal=cart,
+            mutual_tls=True,
+        )
+
+    known = labels()
+    bench("metrics: a set of labels, made", labels, 5000)
+    bench("metrics: a connection, labels known", lambda: metrics.connection_opened(labels=known).closed(1, 1), 5000)
+    bench(
+        "metrics: a connection, two names", lambda: metrics.connection_opened(source_principal="a").closed(1, 1), 5000
+    )
+    for n in range(1000):
+        metrics.connection_opened(labels=known._replace(source_workload=str(n))).closed(1, 1)
+    bench("metrics: a scrape of a thousand sets of labels", metrics.render, 10)
 
 
 def bench_trio(bench: Bench) -> None:
@@ -274,7 +323,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(0.1 if options.quick else 1.0)
     for _ in range(options.rounds):
-        for part in (bench_engine, bench_tls, bench_handshake, bench_access_log, bench_trio):
+        for part in (bench_engine, bench_tls, bench_handshake, bench_telemetry, bench_trio):
             part(bench)
 
 
