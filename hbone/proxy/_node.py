@@ -42,11 +42,10 @@ from hbone.errors import (
     CertificateUnavailable,
     ConfigError,
     ConfigFault,
-    InvalidIdentity,
     ListenFailed,
     MeshConfigError,
 )
-from hbone.mesh import Action, MeshState, TunnelProtocol
+from hbone.mesh import Action, MeshState
 from hbone.proxy._config_dump import config_dump
 from hbone.proxy._connections import ConnectionTable
 from hbone.proxy._context import LocalWorkloads, NodeContext
@@ -55,13 +54,14 @@ from hbone.proxy._node_config import ProxyMode
 from hbone.proxy._node_inbound import NodeInbound
 from hbone.proxy._node_outbound import NodeOutbound
 from hbone.proxy._node_plaintext import NodePlaintext
+from hbone.proxy._prefetch import Prefetch, identities_of
 from hbone.rbac import Authorizer
 from hbone.routing import ILLEGAL_PORTS, Router, RoutingConfig
 from hbone.transport import listen_tcp
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
     from types import TracebackType
 
     from hbone.admin import AdminRequest, AdminResponse, Handler, Levels, Route
@@ -80,8 +80,18 @@ __all__ = ["Node", "NodeStatistics"]
 _log: Final = logging.getLogger("hbone.proxy.node")
 _readiness_log: Final = logging.getLogger("hbone.readiness")
 
+_ADDRESSES_EVERY: Final = 10.0
 #: A machine without IPv6 says one of these.
 _NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
+
+#: Under whose name a listener says that it is there, as ztunnel has it.
+_SCOPES: Final = {
+    "inbound": "hbone.proxy.inbound",
+    "inbound plaintext": "hbone.proxy.inbound_passthrough",
+    "outbound": "hbone.proxy.outbound",
+    "socks5": "hbone.proxy.socks5",
+    "http proxy": "hbone.proxy.http_connect",
+}
 
 _STATE, _CERTIFICATES, _PROXY, _DRAINING = "state manager", "certificates", "proxy", "draining"
 
@@ -282,6 +292,7 @@ class Node:
         served = self._local(MeshState(snapshot)).served()
         prepare = partial(self._authorizer.prepare, snapshot, served, pause=_pause)
         await trio.to_thread.run_sync(prepare)
+        await self._prefetch.look(served)
         try:
             self.mesh.replace(snapshot)
         except ExceptionGroup:  # the snapshot is in force, and all others have been told
@@ -299,17 +310,32 @@ class Node:
 
     def _mesh_changed(self, _old: MeshSnapshot, _new: MeshSnapshot) -> None:
         """Certificates for whom we serve now, pools for no others."""
-        served = _identities(self._context.local.served())
-        ahead = {identity for identity, workload in served.items() if _prefetched(workload)}
-        known = {status.identity for status in self._svids.states()}
-        self._svids.want([identity for identity in served if identity in ahead or identity in known])
-        self._outbound.retain(frozenset(served))
+        served = self._context.local.served()
+        self._want(served)
+        self._outbound.retain(frozenset(identities_of(served)))
+
+    def _want(self, served: Collection[Workload]) -> None:
+        wanted = self._prefetch.identities(served)
+        # Those that were asked for by a connection are kept as long as they are served.
+        asked = {status.identity for status in self._svids.states()} - wanted
+        if asked:
+            wanted |= asked & identities_of(served)
+        self._svids.want(sorted(wanted, key=str))
+
+    async def _follow_addresses(self) -> None:
+        """An address may come to this machine later than its workload to the mesh."""
+        while True:
+            await trio.sleep(_ADDRESSES_EVERY)
+            served = self._context.local.served()
+            await self._prefetch.look(served)
+            self._want(served)
 
     # === parts ===
 
     def _make_parts(self) -> None:
         config = self.config
         self._authorizer = Authorizer()
+        self._prefetch = Prefetch(all_nodes=config.mode is ProxyMode.SHARED and config.node_name is None)
         self._svids = SvidManager(self._issuer(), on_change=self._certificate_changed)
         connections = ConnectionTable(
             self.mesh,
@@ -343,7 +369,8 @@ class Node:
         if not served:
             whom = self.config.workload or (f"node {self.config.node_name}" if self.config.node_name else "any address")
             _log.warning("the mesh has no workload for this node: %s; nothing can be served until it has", whom)
-        self._svids.want([identity for identity, workload in _identities(served).items() if _prefetched(workload)])
+        await self._prefetch.look(served)
+        self._want(served)
         self.mesh.subscribe(self._mesh_changed)
         await nursery.start(self._svids.run)
         await nursery.start(self._context.connections.watch)
@@ -352,6 +379,7 @@ class Node:
             await nursery.start(self._files.run)
         if self._source is not None:
             nursery.start_soon(self._source.run)
+        nursery.start_soon(self._follow_addresses)
 
     def _count_verdict(self, verdict: Verdict) -> None:
         self.metrics.policy_verdict("allow" if verdict.allowed else "deny")
@@ -395,7 +423,7 @@ class Node:
         """Files must be of the one workload; the mesh says who that is, if it knows it already."""
         workload = self.config.workload
         assert workload is not None
-        served = _identities(self._local(self.mesh).served())
+        served = identities_of(self._local(self.mesh).served())
         if served:
             right, wanted = identity in served, " or ".join(map(str, served))
         else:
@@ -500,8 +528,9 @@ class Node:
     def _listening(self, name: str, bound: list[Endpoint]) -> None:
         if bound:
             self.addresses[name] = tuple(bound)
+        log = logging.getLogger(_SCOPES.get(name, "hbone.admin"))
         for endpoint in bound:
-            _log.info("listener established", extra={"fields": {"address": endpoint, "component": name}})
+            log.info("listener established", extra={"fields": {"address": endpoint, "component": name}})
 
     # === pages ===
 
@@ -628,24 +657,6 @@ async def _nursery() -> AsyncIterator[trio.Nursery]:
 async def _serve_http(server: AdminServer, listener: socket.socket, local_only: bool) -> None:
     handler = partial(server.serve_stream, local_only=local_only)
     await trio.serve_listeners(handler, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
-
-
-def _identities(workloads: Iterable[Workload]) -> dict[SpiffeIdentity, Workload]:
-    """Who they are; of several that are the same, one that wants its certificate ahead."""
-    found: dict[SpiffeIdentity, Workload] = {}
-    for workload in workloads:
-        try:
-            identity = workload.identity
-        except InvalidIdentity as problem:
-            _log.warning("workload %s gets no certificate: %s", workload.uid, problem)
-            continue
-        if identity not in found or _prefetched(workload):
-            found[identity] = workload
-    return found
-
-
-def _prefetched(workload: Workload) -> bool:
-    return workload.protocol is TunnelProtocol.HBONE or workload.native_tunnel
 
 
 def _open_or_create(directory: Any) -> LocalCA:

@@ -243,7 +243,7 @@ async def test_log_levels_by_page_and_what_is_logged(config):
                 assert (status, "proxy::outbound=debug" in body) == (200, True)
                 await node.drain()
     lines = log.getvalue().decode().splitlines()
-    listening = [line for line in lines if "\tproxy::node\tlistener established\t" in line]
+    listening = [line for line in lines if "\tlistener established\t" in line]
     assert len(listening) == len(node.addresses) == 8
     assert f"address={node.addresses['socks5'][0]} " in "".join(listening)
     assert any("marking server ready" in line for line in lines)
@@ -369,6 +369,21 @@ async def test_a_workload_without_certificate_is_not_ready(config):
         (certificate,) = (await dump(node))["certificates"]
         assert certificate["state"].startswith("Unavailable: the CA of cluster.local cannot issue")
         assert certificate["certChain"] == []
+
+
+async def test_of_very_many_workloads_only_those_that_are_here_get_certificates(config):
+    others = [
+        workload(f"o{n}", f"198.51.{n // 250}.{n % 250}", protocol=TunnelProtocol.HBONE, service_account=f"o{n}")
+        for n in range(300)
+    ]
+    full = mesh(9).with_changes(upsert=others)
+    async with Node(config, mesh=full) as node:
+        await node.ready.wait()
+        assert [one["identity"].rpartition("/")[2] for one in (await dump(node))["certificates"]] == ["web"]
+        node.mesh.replace(full.with_changes(remove_workloads=["c//Pod/shop/web-0"]))
+        assert (await dump(node))["certificates"] == []
+    async with Node(replace(config, node_name="nb"), mesh=full) as node:
+        assert (await dump(node))["certificates"] == []
 
 
 async def test_ca_of_another_trust_domain(config, tmp_path):
