@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import socket
+import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -275,6 +276,10 @@ async def accept_from(
         options: keep-alive and user time-out of what is accepted; no keep-alive unless given.
     """
     tune = (options or _ACCEPTED).tune
+    inherit = sys.platform == "linux"
+    if inherit:
+        # Linux gives what is accepted the options of its listener: five system calls less for each connection.
+        tune(listener)
     while True:
         waiting = room()
         if waiting is not None:
@@ -292,7 +297,8 @@ async def accept_from(
             continue
         sock.setblocking(False)
         try:
-            tune(sock)
+            if not inherit:
+                tune(sock)
         except OSError:  # it has gone, which some systems say here
             sock.close()
             continue

@@ -478,6 +478,8 @@ async def test_what_goes_wrong_with_an_accept_does_not_end_the_server(
             one, self.other = socket.socketpair(socket.AF_UNIX)
             return Accepted(one), None
 
+        def setsockopt(self, *args: Any) -> None: ...
+
     class Accepted:
         def __init__(self, sock: socket.socket) -> None:
             self.sock = sock
