@@ -49,7 +49,7 @@ Facts: TypeAlias = tuple[Any, ...]
 _CHUNK: Final = 200
 _ROW_CHUNK: Final = 5000
 
-_ROW_PER_PACKED: Final = 16
+_ROW_PER_PACKED: Final = 32
 
 
 def facts_of(flow: Flow) -> Facts:
@@ -106,8 +106,8 @@ def _unpacked(positions: bytes | bytearray) -> memoryview:
 class _Postings:
     """Positions by value, compact: where there are many as a row of bits, else as a packed array.
 
-    A row costs memory whatever is in it, an array costs time for each position. Rows only where the array would have a
-    sixteenth of its size keep both within bounds: there are no more positions in all than policies have values.
+    A row costs memory whatever is in it, an array costs time for each position. Rows only from where the array would
+    have 1/32 of its size keep both within bounds: there are no more positions in all than policies have values.
     """
 
     __slots__ = ("_found", "_size")

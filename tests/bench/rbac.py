@@ -146,6 +146,12 @@ RULES: dict[str, tuple[Callable[[int], Rule], Flow]] = {
         lambda n: one(Match(source_ips=(around(SIX.source_ip, n % 129),))),
         SIX,
     ),
+    "source IPs, 129 IPv6 networks around it, 100 rules each": (
+        lambda n: one(
+            Match(source_ips=(around(SIX.source_ip, n % 129),) if n < 12_900 else (IPv6Network((n << 80, 48)),))
+        ),
+        SIX,
+    ),
     "destination IPs and ports": (
         lambda n: one(Match(destination_ips=(around(FLOW.destination_ip, 24),), destination_ports=(n % 65536,))),
         FLOW,
@@ -167,7 +173,7 @@ RULES: dict[str, tuple[Callable[[int], Rule], Flow]] = {
                 principals=(prefix("cluster.local/"), exact(f"a{n}")),
                 not_principals=(suffix(f"a{n}"),),
                 source_ips=(around(FLOW.source_ip, 16), v4(n, 24)),
-                not_source_ips=(around(FLOW.source_ip, 30),),
+                not_source_ips=(v4(n, 30),),
                 destination_ips=(around(FLOW.destination_ip, 24),),
                 not_destination_ips=(v4(n, 32),),
                 destination_ports=(8080, n % 65536),
