@@ -413,7 +413,8 @@ def _gateway(gateway: GatewayAddress, *path: str | int) -> tuple[_Target, Path, 
 
 
 def _broken(entry: RawEntry, position: int) -> BrokenEntry:
-    said = entry.value if isinstance(entry.value, dict) else {}
+    # With a key twice it may be two entries that ran together.
+    said = entry.value if isinstance(entry.value, dict) and not entry.problems else {}
 
     def text(key: str) -> str:
         value = said.get(key)
