@@ -29,10 +29,10 @@ class _NodeCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self._made:
-            from hbone.proxy import SETTINGS
+            from hbone.proxy import node_settings
 
             self._made = True
-            self.params[:0] = [_option(setting) for setting in SETTINGS]
+            self.params[:0] = [_option(setting) for setting in node_settings()]
         return super().get_params(ctx)
 
     def make_parser(self, ctx: click.Context) -> Any:
@@ -41,10 +41,10 @@ class _NodeCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """By what they are about: they are many."""
-        from hbone.proxy import SETTINGS
+        from hbone.proxy import node_settings
 
         groups: dict[str, list[tuple[str, str]]] = {}
-        by_name = {setting.name: setting for setting in SETTINGS}
+        by_name = {setting.name: setting for setting in node_settings()}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:

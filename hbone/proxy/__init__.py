@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from hbone.proxy._context import WorkloadInfo as WorkloadInfo
     from hbone.proxy._node import Node as Node
     from hbone.proxy._node import NodeStatistics as NodeStatistics
-    from hbone.proxy._node_config import SETTINGS as SETTINGS
     from hbone.proxy._node_config import NodeConfig as NodeConfig
     from hbone.proxy._node_config import ProxyMode as ProxyMode
     from hbone.proxy._node_config import Setting as Setting
+    from hbone.proxy._node_config import node_settings as node_settings
     from hbone.proxy._node_values import ListenAddress as ListenAddress
 
 __all__ = [
-    "SETTINGS",
     "InboundProxy",
     "ListenAddress",
     "Node",
@@ -34,6 +33,7 @@ __all__ = [
     "ProxyMode",
     "Setting",
     "WorkloadInfo",
+    "node_settings",
 ]
 
 # A node brings policies, routing and an HTTP server along, which the two others have no use for.
@@ -43,9 +43,9 @@ _LAZY: Final = {
     "NodeConfig": "_node_config",
     "NodeStatistics": "_node",
     "ProxyMode": "_node_config",
-    "SETTINGS": "_node_config",
     "Setting": "_node_config",
     "WorkloadInfo": "_context",
+    "node_settings": "_node_config",
 }
 
 

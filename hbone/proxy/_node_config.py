@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from hbone.protocol import Limits
     from hbone.transport import PoolLimits, SocketOptions
 
-__all__ = ["GROUPS", "SETTINGS", "NodeConfig", "ProxyMode", "Setting", "settings_table", "shown"]
+__all__ = ["GROUPS", "SETTINGS", "NodeConfig", "ProxyMode", "Setting", "node_settings", "settings_table", "shown"]
 
 
 class ProxyMode(Enum):
@@ -126,7 +126,7 @@ class NodeConfig:
     """Everything that a node can be told. The defaults are ztunnel's, but for the SOCKS5 proxy, which is on.
 
     Made from the environment by `from_environment`, or by hand; `check` says whether it can be run. Times are in
-    seconds, sizes in bytes. What each field means is said at `SETTINGS`.
+    seconds, sizes in bytes. `node_settings` says what each field means.
     """
 
     mesh: Path | None = None
@@ -446,8 +446,12 @@ def _read_levels(text: str) -> str:
     return text
 
 
-#: Every setting, in the order in which to show them.
 SETTINGS: Final = _settings()
+
+
+def node_settings() -> tuple[Setting, ...]:
+    """Every setting of a node, in the order in which to show them."""
+    return SETTINGS
 
 
 def settings_table() -> Iterator[tuple[str, str, str, str]]:
