@@ -83,14 +83,17 @@ class Authorizer:
             pause: called about every millisecond of work. In a thread beside an event loop let it sleep a moment, to
                 give the loop the interpreter.
         """
-        if snapshot.policies is self._current.policies:
-            prepared = self._current
+        current, coming = self._current, self._coming
+        if snapshot.policies is current.policies:
+            prepared = current
+        elif coming is not None and snapshot.policies is coming.policies:
+            prepared = coming
         else:
-            prepared = self._current.after(snapshot.policies)
+            prepared = current.after(snapshot.policies)
         for _ in prepared.everything() if workloads is None else prepared.everything_for(workloads):
             if pause is not None:
                 pause()
-        if prepared is not self._current:
+        if prepared is not current:
             self._coming = prepared
 
 
@@ -156,11 +159,14 @@ class _Prepared:
         )
         if selected:
             keys = tuple(key for key, _ in selected)
-            if keys not in self._selected:
+            # Another thread may clear it between any two steps.
+            index = self._selected.get(keys)
+            if index is None:
+                index = yield from _made(selected, self._selected_before.pop(keys, None))
                 if len(self._selected) >= _MAX_REMEMBERED:
                     self._selected.clear()
-                self._selected[keys] = yield from _made(selected, self._selected_before.pop(keys, None))
-            found.append(self._selected[keys])
+                self._selected[keys] = index
+            found.append(index)
         if len(self._parts) >= _MAX_REMEMBERED:
             self._parts.clear()
         parts = tuple(found)
