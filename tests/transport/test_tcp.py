@@ -119,6 +119,7 @@ async def test_what_has_gone_when_it_is_accepted_is_passed_over(monkeypatch: pyt
         tune(self, sock)
 
     monkeypatch.setattr(SocketOptions, "tune", first_is_gone)
+    monkeypatch.setattr(_tcp, "_INHERITED", False)
     async with trio.open_nursery() as nursery:
 
         def handle(sock: socket.socket) -> None:
