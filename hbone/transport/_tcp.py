@@ -235,7 +235,7 @@ def listen_tcp(
         host: an IP address of this machine; ``0.0.0.0`` or ``::`` for all. ``::`` takes IPv4 too.
         port: 0 for a free one.
         prepare: called with the socket before it is bound, to set options.
-        options: for the mark, which accepted connections inherit; `accept_from` sets the rest.
+        options: for what is accepted, which inherits them (on Linux; elsewhere `accept_from` sets all but the mark).
 
     Returns:
         A listening, non-blocking socket.
@@ -252,6 +252,8 @@ def listen_tcp(
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         if options is not None:
             options.prepare(sock)
+        if _INHERITED:
+            (options or _ACCEPTED).tune(sock)
         if prepare is not None:
             prepare(sock)
         sock.bind((host, port))
@@ -279,7 +281,7 @@ async def accept_from(
     """
     tune = (options or _ACCEPTED).tune
     if _INHERITED:
-        tune(listener)
+        tune(listener)  # once more: it may come from elsewhere
     while True:
         waiting = room()
         if waiting is not None:
