@@ -7,7 +7,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.policies import any_flows, any_policies, any_workloads, exact, naive, naive_matches
 
@@ -43,7 +43,6 @@ def snapshot_of(policies: dict[str, AuthorizationPolicy]) -> MeshSnapshot:
 
 
 @given(any_policies, any_workloads, st.lists(any_flows, min_size=1, max_size=5))
-@settings(max_examples=250)
 def test_all_ways_to_decide_say_what_the_tables_say(
     policies: dict[str, AuthorizationPolicy], workload: Workload, flows: list[Flow]
 ) -> None:
@@ -60,7 +59,6 @@ def test_all_ways_to_decide_say_what_the_tables_say(
 
 
 @given(st.lists(st.tuples(any_policies, st.booleans()), min_size=2, max_size=4), any_workloads, any_flows)
-@settings(max_examples=100)
 def test_one_authorizer_follows_whatever_comes(
     changes: list[tuple[dict[str, AuthorizationPolicy], bool]], workload: Workload, flow: Flow
 ) -> None:
@@ -78,7 +76,6 @@ def test_one_authorizer_follows_whatever_comes(
 
 
 @given(any_policies, any_workloads, any_flows)
-@settings(max_examples=200)
 def test_an_explanation_holds(policies: dict[str, AuthorizationPolicy], workload: Workload, flow: Flow) -> None:
     explanation = explain_verdict(snapshot_of(policies), workload, flow)
     for finding in explanation.policies:
