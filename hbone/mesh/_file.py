@@ -367,6 +367,9 @@ class _Parser:
         there: set[_Target] = {("service", key) for key in self._services}
         there |= {("policy", key) for key in self._policies}
         there |= {("workload", uid) for uid in self._workloads}
+        for entry in self._broken:  # what is there but has a fault is not missing
+            hostname = NamespacedHostname(entry.namespace, entry.name)
+            there |= {("workload", entry.uid), ("policy", str(hostname)), ("service", hostname), ("gateway", hostname)}
         for service in self._services.values():
             there.add(("gateway", service.key))
             there |= {("gateway", vip) for vip in service.vips}
