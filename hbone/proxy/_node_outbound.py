@@ -354,7 +354,9 @@ class NodeOutbound:
                     chosen = route.resolved(address.ip)
                     self._take(connection, source, chosen)
                 return await self._connect(connection, source, chosen)
-            except (NoRoute, BadTarget, Unreachable, ConnectFailed) as exc:
+            except NoRoute as exc:
+                failed.append((exc, None, None))
+            except (BadTarget, Unreachable, ConnectFailed) as exc:
                 connection.end_count(exc)
                 inner, connection.inner = connection.inner, None
                 if inner is not None:

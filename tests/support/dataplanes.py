@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from hbone import Endpoint
+from hbone import Endpoint, HBONEServer
 from hbone.certs import LocalCA, SvidManager, local_ca_issuer
 from hbone.mesh import Action, MeshSnapshot, MeshState, TunnelProtocol
 from hbone.proxy._connections import ConnectionTable
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from hbone import TunnelRequest
     from hbone.mesh import AuthorizationPolicy, Service, Workload
     from hbone.rbac import Verdict
 
@@ -52,6 +53,20 @@ async def until(condition: Callable[[], object]) -> None:
     with trio.fail_after(WAIT):
         while not condition():
             await trio.sleep(0.001)
+
+
+@asynccontextmanager
+async def beside() -> AsyncIterator[trio.Nursery]:
+    """For what runs beside a block and ends with it; what is raised in the block comes out as it is, not in a group."""
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except BaseException as exc:
+            error = exc
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
 
 
 # === meshes ===
@@ -157,16 +172,9 @@ async def application(
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
 
-    error: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with beside() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, handle, port, host=host, backlog=1024))
-        try:
-            yield Application(host, listeners[0].socket.getsockname()[1], receive)
-        except BaseException as exc:
-            error = exc
-        nursery.cancel_scope.cancel()
-    if error is not None:
-        raise error
+        yield Application(host, listeners[0].socket.getsockname()[1], receive)
 
 
 def reset(stream: trio.SocketStream) -> None:
@@ -197,6 +205,47 @@ async def ask(stream: trio.abc.HalfCloseableStream, request: bytes = b"hello wor
     return answer
 
 
+# === peers ===
+
+
+@dataclass
+class Peer:
+    """Somebody at the other end of HBONE, made of the library alone."""
+
+    port: int
+    server: HBONEServer
+    requests: list[TunnelRequest]
+    """What it was asked, in order."""
+
+
+@asynccontextmanager
+async def hbone_peer(
+    ca: LocalCA,
+    identity: str,
+    host: str,
+    port: int = 0,
+    handler: Callable[[TunnelRequest], Awaitable[None]] | None = None,
+    **options: Any,
+) -> AsyncIterator[Peer]:
+    """A server that does with each request what `handler` does; without one it echoes."""
+    requests: list[TunnelRequest] = []
+
+    async def handle(request: TunnelRequest) -> None:
+        requests.append(request)
+        if handler is not None:
+            await handler(request)
+            return
+        async with await request.accept() as tunnel:
+            async for chunk in tunnel:
+                await tunnel.send_all(chunk)
+            await tunnel.send_eof()
+
+    server = HBONEServer(ca.issue(identity), handle, **options)
+    async with beside() as nursery:
+        endpoint = await nursery.start(server.serve, host, port)
+        yield Peer(endpoint.port, server, requests)
+
+
 # === nodes ===
 
 
@@ -205,11 +254,15 @@ class Lines:
 
     def __init__(self) -> None:
         self.records: list[AccessRecord] = []
+        self.told: list[tuple[str, str]] = []
         self.level: int = LogLevel.INFO
         self._read = 0
 
     def write(self, record: AccessRecord) -> None:
         self.records.append(record)
+
+    def write_info(self, scope: str, message: str) -> None:
+        self.told.append((scope, message))
 
     async def next(self) -> AccessRecord:
         """The first line that was not asked for yet."""
@@ -235,6 +288,8 @@ class DataPlane:
     nursery: trio.Nursery
     socks: Endpoint
     http: Endpoint
+    captured: Endpoint | None = None
+    captures: Captures | None = None
 
     @property
     def mesh(self) -> MeshState:
@@ -243,31 +298,46 @@ class DataPlane:
     async def connect(
         self, host: str, port: int, *, way: str = "socks", source: str | None = None, early: bytes = b""
     ) -> trio.SocketStream:
-        """As an application does; the answer is read. `early` is sent without waiting for that.
+        """As an application does, by way of ``socks``, ``http`` or ``captured``; the answer is read, if there is one.
+
+        Args:
+            host: where to; ``captured`` takes addresses only.
+            port: of that.
+            way: how.
+            source: the address to come from.
+            early: sent without waiting for an answer.
 
         Raises:
             Refused: the answer is no; with what it was.
         """
-        if way == "http":
-            stream = await dial(self.http, source)
-            await stream.send_all(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() + early)
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                head += await _receive(stream, 1)
-            status = int(head.split()[1])
-            if status != 200:
-                body, _ = await read_to_end(stream)
-                await stream.aclose()
-                raise Refused(status, body.decode().strip())
+        if way == "captured":
+            assert self.captures is not None
+            assert self.captured is not None
+            stream = await self.captures.dial(self.captured, f"{host}:{port}", source or "127.0.0.1")
+            if early:
+                await stream.send_all(early)
             return stream
-        stream = await dial(self.socks, source)
-        name = host.encode()
-        request = b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big")
-        await stream.send_all(b"\5\1\0" + request + early)
-        reply = await _receive(stream, 12)
-        if reply[3]:
-            await stream.aclose()
-            raise Refused(reply[3])
+        stream = await dial(self.http if way == "http" else self.socks, source)
+        try:
+            if way == "http":
+                await stream.send_all(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() + early)
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    head += await _receive(stream, 1)
+                status = int(head.split()[1])
+                if status != 200:
+                    body, _ = await read_to_end(stream)
+                    raise Refused(status, body.decode().strip())
+            else:
+                name = host.encode()
+                request = b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big")
+                await stream.send_all(b"\5\1\0" + request + early)
+                reply = await _receive(stream, 12)
+                if reply[3]:
+                    raise Refused(reply[3])
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
         return stream
 
     async def ask(self, host: str, port: int, *, way: str = "socks", request: bytes = b"hello world") -> bytes:
@@ -342,6 +412,7 @@ async def data_plane(
     network: str = "",
     patience: float = 5.0,
     seed: int = 1,
+    captures: Captures | None = None,
     prefetch: bool = True,
 ) -> AsyncIterator[DataPlane]:
     """A node that runs until the block ends.
@@ -358,6 +429,7 @@ async def data_plane(
         network: where it is.
         patience: seconds to wait for its own workload.
         seed: of its choices.
+        captures: for connections that are captured.
         prefetch: whether it has its certificates before the block begins.
     """
     mesh = mesh if isinstance(mesh, MeshState) else MeshState(mesh)
@@ -385,8 +457,7 @@ async def data_plane(
         access_log=log,  # type: ignore[arg-type]
         settings=settings,
     )
-    error: BaseException | None = None  # carried around the nurseries, which would put it into groups
-    async with trio.open_nursery() as nursery:
+    async with beside() as nursery:
         nursery.start_soon(svids.run)
         identities = [served.identity for served in context.local.served()]
         svids.want(identities)
@@ -395,19 +466,76 @@ async def data_plane(
                 await svids.get(identity)
         await nursery.start(context.connections.watch)
         inbound, plaintext = NodeInbound(context), NodePlaintext(context)
+        error: BaseException | None = None
         async with NodeOutbound(context) as outbound:
+            captured = None
+            if captures is not None:
+                captured = await nursery.start(outbound.serve_captured, "127.0.0.1", 0)
             socks = await nursery.start(outbound.serve_socks, "127.0.0.1", 0)
             http = await nursery.start(outbound.serve_http_connect, "127.0.0.1", 0)
             for host in (listen,) if isinstance(listen, str) else listen:
                 await nursery.start(inbound.serve, host, hbone_port)
             try:
-                yield DataPlane(context, outbound, inbound, plaintext, log, metrics, nursery, socks, http)
-                await outbound.drain(0)
+                yield DataPlane(
+                    context, outbound, inbound, plaintext, log, metrics, nursery, socks, http, captured, captures
+                )
             except BaseException as exc:
                 error = exc
-        nursery.cancel_scope.cancel()
-    if error is not None:
-        raise error
+            await outbound.drain(0)
+        if error is not None:
+            raise error
+
+
+@dataclass
+class Shop:
+    """A client's node, a server's node, and the application behind that."""
+
+    near: DataPlane
+    far: DataPlane
+    app: Application
+    mesh: MeshState
+    port: int
+    """For HBONE."""
+
+    async def at_rest(self) -> None:
+        await at_rest(self.near, self.far)
+
+
+@asynccontextmanager
+async def shop(
+    ca: LocalCA,
+    *parts: Workload | Service | AuthorizationPolicy,
+    habit: Callable[[trio.SocketStream], Awaitable[None]] | None = double_echo,
+    near: dict[str, Any] | None = None,
+    far: dict[str, Any] | None = None,
+    cart_fields: dict[str, Any] | None = None,
+    stock_fields: dict[str, Any] | None = None,
+    service_fields: dict[str, Any] | None = None,
+) -> AsyncIterator[Shop]:
+    """Two nodes with one picture of the mesh: `cart` on one, `stock` and an application on the other.
+
+    Args:
+        ca: whom both trust.
+        parts: more of the mesh.
+        habit: of the application; see `application`.
+        near: of the client's `data_plane`.
+        far: of the server's `data_plane`.
+        cart_fields: of the client's workload.
+        stock_fields: of the server's workload.
+        service_fields: of its service.
+    """
+    port = shared_port(CART, STOCK, LEGACY, WAYPOINT, GATEWAY, FAR, THIEF)
+    async with application(STOCK, habit) as app:
+        own = (
+            cart(**(cart_fields or {})),
+            stock(app.port, **(stock_fields or {})),
+            stock_service(**(service_fields or {})),
+        )
+        mesh = MeshState(mesh_of(*own, *parts))
+        options: dict[str, Any] = {"ca": ca, "hbone_port": port}
+        async with data_plane(mesh, **{"dedicated": CART_INFO, **options, **(near or {})}) as client:
+            async with data_plane(mesh, **{"listen": STOCK, **options, **(far or {})}) as server:
+                yield Shop(client, server, app, mesh, port)
 
 
 # === captured connections ===
