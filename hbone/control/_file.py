@@ -118,7 +118,7 @@ class FileMeshSource:
         """
         # Taken before the file is read: a change in between is then seen as a change.
         self._seen = await _in_thread(partial(_signature, self._path))
-        read = await _in_thread(partial(_read, self._path, self._state.snapshot, b""))
+        read = await _in_thread(partial(_read, self._path, self._state.snapshot))
         assert read is not None
         if read.parsed.faults:
             raise MeshConfigError(read.parsed.faults)
@@ -133,7 +133,7 @@ class FileMeshSource:
             if seen == self._seen:
                 continue
             seen = await self._settled(seen)
-            read = await _in_thread(partial(_read, self._path, self._state.snapshot, self._digest))
+            read = await _in_thread(partial(_read, self._path, self._state.snapshot, digest=self._digest, pause=_pause))
             if await _in_thread(partial(_signature, self._path)) != seen:
                 continue  # changed meanwhile: once more
             self._seen = seen
@@ -192,7 +192,9 @@ class _Read:
         return _Read(digest=self.digest, parsed=self.parsed, previous=previous, snapshot=snapshot, seconds=self.seconds)
 
 
-def _read(path: Path, previous: MeshSnapshot, digest: bytes) -> _Read | None:
+def _read(
+    path: Path, previous: MeshSnapshot, *, digest: bytes = b"", pause: Callable[[], None] | None = None
+) -> _Read | None:
     """Read the file; None when its text is the one that has this digest."""
     start = time.monotonic()
     try:
@@ -203,7 +205,7 @@ def _read(path: Path, previous: MeshSnapshot, digest: bytes) -> _Read | None:
     new_digest = hashlib.blake2b(data, digest_size=16).digest()
     if new_digest == digest:
         return None
-    parsed = parse_mesh(data, source=str(path), previous=previous, pause=_pause)
+    parsed = parse_mesh(data, source=str(path), previous=previous, pause=pause)
     return _Read(
         digest=new_digest,
         parsed=parsed,
