@@ -28,6 +28,7 @@ from support.dataplanes import (
     THIEF,
     VIP,
     WAYPOINT,
+    Names,
     Refused,
     application,
     ask,
@@ -119,25 +120,6 @@ def to_stock(**fields: Any) -> AccessRecord:
 def denied(target: str, error: str) -> AccessRecord:
     """The line of one that never had a route."""
     return AccessRecord(direction=Direction.OUTBOUND, dst_addr=Authority.parse(target), error=error)
-
-
-class Names(trio.abc.HostnameResolver):
-    """A resolver that knows these names."""
-
-    def __init__(self, **names: list[str]) -> None:
-        self.names = {name.replace("_", "."): addresses for name, addresses in names.items()}
-        trio.socket.set_custom_hostname_resolver(self)
-
-    async def getaddrinfo(self, host: Any, port: Any, *_: Any) -> Any:
-        await trio.lowlevel.checkpoint()
-        host = host.decode() if isinstance(host, bytes) else host
-        if host not in self.names:
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
-        return [(*kind, (address, port)) for address in self.names[host]]
-
-    async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
-        raise NotImplementedError
 
 
 # === in a tunnel ===

@@ -10,15 +10,16 @@ import random
 import socket
 from collections import Counter
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from hbone import Endpoint, HBONEServer
+from hbone import Authority, Endpoint, FixedTarget, ForwardHandler, HBONEServer
 from hbone.certs import LocalCA, SvidManager, local_ca_issuer
-from hbone.mesh import Action, MeshSnapshot, MeshState, TunnelProtocol
+from hbone.mesh import Action, GatewayAddress, MeshSnapshot, MeshState, NetworkAddress, TunnelProtocol
 from hbone.proxy._connections import ConnectionTable
 from hbone.proxy._context import LocalWorkloads, NodeContext, NodeSettings, WorkloadInfo
 from hbone.proxy._node_inbound import NodeInbound
@@ -82,7 +83,8 @@ def member(short: str, address: str, **fields: Any) -> Workload:
         "canonical_name": short,
         "canonical_revision": "v1",
     }
-    return workload(f"lab//Pod/shop/{short}-0", address, **{**values, **fields})
+    addresses = (address,) if "addresses" not in fields else fields.pop("addresses")
+    return workload(f"lab//Pod/shop/{short}-0", *addresses, **{**values, **fields})
 
 
 def cart(**fields: Any) -> Workload:
@@ -445,7 +447,12 @@ async def data_plane(
         for match in verdict.dry_run:
             metrics.policy_verdict("deny" if match.action is Action.DENY else "allow", dry_run=True)
 
-    routing = RoutingConfig(network=network, hbone_port=hbone_port, illegal_ports=ILLEGAL_PORTS | {hbone_port})
+    routing = RoutingConfig(
+        network=network,
+        hbone_port=hbone_port,
+        illegal_ports=ILLEGAL_PORTS | {hbone_port},
+        localhost_app_tunnel=settings.localhost_app_tunnel,
+    )
     context = NodeContext(
         mesh=mesh,
         router=Router(routing, random.Random(seed).random),
@@ -536,6 +543,88 @@ async def shop(
         async with data_plane(mesh, **{"dedicated": CART_INFO, **options, **(near or {})}) as client:
             async with data_plane(mesh, **{"listen": STOCK, **options, **(far or {})}) as server:
                 yield Shop(client, server, app, mesh, port)
+
+
+# === two networks ===
+
+
+@dataclass
+class Across:
+    """A client's node in one network, a server's node in another, and the gateway between them."""
+
+    near: DataPlane
+    gate: Peer
+    far: DataPlane
+    app: Application
+
+    async def at_rest(self) -> None:
+        await at_rest(self.near, self.far)
+
+
+@asynccontextmanager
+async def across(
+    ca: LocalCA,
+    *,
+    habit: Callable[[trio.SocketStream], Awaitable[None]] | None = double_echo,
+    near: dict[str, Any] | None = None,
+    far: dict[str, Any] | None = None,
+    gate_identity: str = f"{TD}/shop/sa/gate",
+    gate_handler: Callable[[TunnelRequest], Awaitable[None]] | None = None,
+    service_fields: dict[str, Any] | None = None,
+    stock_fields: dict[str, Any] | None = None,
+    policies: tuple[AuthorizationPolicy, ...] = (),
+) -> AsyncIterator[Across]:
+    """Networks ``near`` and ``far``; the gateway knows nothing but where to forward what it is sent.
+
+    Args:
+        ca: whom all trust.
+        habit: of the application; see `application`.
+        near: of the client's `data_plane`.
+        far: of the server's `data_plane`.
+        gate_identity: who the gateway is.
+        gate_handler: what it does; forward unless given.
+        service_fields: of the service as the client knows it.
+        stock_fields: of the server's workload as its own node knows it.
+        policies: of the far network.
+    """
+    port = shared_port(FAR)
+    forwards = ForwardHandler(FixedTarget(Authority(FAR, port)))
+    async with application(FAR, habit) as app:
+        async with hbone_peer(ca, gate_identity, GATEWAY, handler=gate_handler or forwards) as gate:
+            gateway = GatewayAddress(destination=NetworkAddress("near", ip_address(GATEWAY)), hbone_mtls_port=gate.port)
+            remote = stock(1, addresses=(), network="far", network_gateway=gateway)
+            names = {"subject_alt_names": (f"{TD}/shop/sa/stock",), **(service_fields or {})}
+            there = service(f"shop/{HOSTNAME}", f"near/{VIP}", **names)
+            mesh = mesh_of(cart(network="near"), member("gate", GATEWAY, network="near"), remote, there)
+            own = member("stock", FAR, endpoint_of={f"shop/{HOSTNAME}": {80: app.port}}, network="far")
+            far_mesh = mesh_of(replace(own, **(stock_fields or {})), stock_service(), *policies)
+            options: dict[str, Any] = {"ca": ca, "dedicated": CART_INFO, "network": "near", **(near or {})}
+            async with data_plane(mesh, **options) as client:
+                options = {"ca": ca, "listen": FAR, "hbone_port": port, "network": "far", **(far or {})}
+                async with data_plane(far_mesh, **options) as server:
+                    yield Across(client, gate, server, app)
+
+
+# === names ===
+
+
+class Names(trio.abc.HostnameResolver):
+    """A resolver that knows these names."""
+
+    def __init__(self, **names: list[str]) -> None:
+        self.names = {name.replace("_", "."): addresses for name, addresses in names.items()}
+        trio.socket.set_custom_hostname_resolver(self)
+
+    async def getaddrinfo(self, host: Any, port: Any, *_: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        host = host.decode() if isinstance(host, bytes) else host
+        if host not in self.names:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, (address, port)) for address in self.names[host]]
+
+    async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
+        raise NotImplementedError
 
 
 # === captured connections ===
