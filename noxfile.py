@@ -131,9 +131,9 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure on this machine: micro, library, two_nodes (all, or those named after --); --quick for a hint only."""
+    """Measure on this machine: micro, library, plain, two_nodes (all, or those after --); --quick for a hint only."""
     install(session, "interop")
-    benches = ("micro", "library", "two_nodes")
+    benches = ("micro", "library", "plain", "two_nodes")
     options = [text for text in session.posargs if text not in benches]
     for name in [text for text in session.posargs if text in benches] or benches:
         session.run("python", f"tests/bench/{name}.py", *options, env=ENV)
