@@ -138,6 +138,7 @@ class Pauses:
         cpu, collections = max(self.ticks_cpu), max(self.collections, default=0.0)
         self.trips, self.ticks, self.ticks_cpu, self.collections = [], [], [], []
         return {
+            "round trips": len(trips),
             "longest round trip ms": trips[-1] * 1000,
             "round trip p99 ms": trips[len(trips) * 99 // 100] * 1000,
             "median round trip ms": statistics.median(trips) * 1000,
