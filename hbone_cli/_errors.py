@@ -48,6 +48,7 @@ class ExitCode(IntEnum):
     REFUSED = 12, "no tunnel for another reason: another status, no answer, the peer is going away"
     BROKEN = 13, "the tunnel, or what it is connected to here, broke under way"
     CONFIG = 14, "the configuration, the environment or the mesh file cannot be used; each fault has its line"
+    NO_ROUTE = 15, "the mesh has no way to the target"
 
 
 EXIT_CODES_HELP: Final = (

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "outbound": "hbone_cli._outbound",
     "connect": "hbone_cli._connect",
     "mesh": "hbone_cli._mesh",
+    "explain": "hbone_cli._explain",
     "ca": "hbone_cli._ca",
     "demo": "hbone_cli._demo",
     "demo-node": "hbone_cli._demo_node",

@@ -22,6 +22,7 @@ __all__ = [
     "ALLOWED_NETWORKS",
     "AUTHORITY",
     "FORWARD",
+    "IP_ADDRESS",
     "NEXT_HOP",
     "PATTERN",
     "IdentityOptions",
@@ -137,6 +138,17 @@ def _read_next_hop(text: str) -> Authority | Endpoint:
     return Endpoint.parse(text) if "%" in text else Authority.parse(text)
 
 
+def _read_ip(text: str) -> Any:
+    import ipaddress
+
+    from hbone import Endpoint
+
+    try:
+        return Endpoint(ipaddress.ip_address(text), 0).ip
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IP address") from None
+
+
 def _read_pattern(text: str) -> Any:
     from hbone import IdentityPattern
 
@@ -150,6 +162,7 @@ def _read_networks(text: str) -> Any:
 
 
 AUTHORITY = _Text("host:port", _read_authority)
+IP_ADDRESS = _Text("ip", _read_ip)
 NEXT_HOP = _Text("host[:port]", _read_next_hop)
 FORWARD = _Text("forward", _read_forward)
 PATTERN = _Text("pattern", _read_pattern)

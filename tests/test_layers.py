@@ -43,6 +43,7 @@ TABLE = {
     "hbone.mesh": row(2, "pydantic", "pydantic_core", "yaml", pure=True),
     "hbone.routing": row(3, pure=True),
     "hbone.rbac": row(3, pure=True),
+    "hbone.explain": row(3.5, pure=True),
     "hbone.tls": row(3, "OpenSSL", "cryptography", pure=True),
     "hbone.transport": row(4, "OpenSSL", "cryptography", "trio"),
     "hbone.certs": row(5, "cryptography", "trio", "trustme"),
