@@ -17,7 +17,16 @@ from hbone.proxy._connections import InboundConnection
 from hbone.proxy._facts import baggage_of, cause_of, error_text, identity_of, inbound_record
 from hbone.rbac import Flow
 from hbone.routing import NoInboundRoute, route_inbound
-from hbone.telemetry import AccessRecord, Direction, LogLevel, MetricsObserver, labels_for, log_names, response_flag
+from hbone.telemetry import (
+    AccessPattern,
+    AccessRecord,
+    Direction,
+    LogLevel,
+    MetricsObserver,
+    labels_for,
+    log_names,
+    response_flag,
+)
 from hbone.transport import HBONEServer, connect_tcp, listen_tcp, relay, reset_socket
 
 if TYPE_CHECKING:
@@ -45,7 +54,7 @@ _OK: Final = ConnectResponse(status=200)
 class _Facts:
     """What is the same for all tunnels of one peer to one target."""
 
-    __slots__ = ("host", "labels", "response", "route", "source_names", "workload")
+    __slots__ = ("host", "labels", "pattern", "response", "route", "source_names", "workload")
 
     def __init__(
         self,
@@ -60,6 +69,7 @@ class _Facts:
         self.workload = workload
         self.route = route
         self.host = str(route.upstream.ip)
+        self.pattern: AccessPattern | None = None
         who = source if source is not None else baggage
         self.source_names = log_names(who)
         self.labels: TrafficLabels = labels_for(
@@ -336,20 +346,24 @@ class NodeInbound:
             text = error_text(error) if error is not None else None
             log.write(AccessRecord(direction=Direction.INBOUND, src_addr=peer.address, dst_addr=dialled, error=text))
             return
-        log.write(
-            inbound_record(
-                source=peer.address,
-                source_names=facts.source_names,
-                dialled=dialled,
-                workload=facts.workload,
-                service=facts.route.service,
-                counts=counts,
-                seconds=seconds,
-                error=error,
-                peer=peer.identity,
-                authority=request.headers.authority,
-            )
+        if error is None and counts is not None and seconds is not None and facts.pattern is not None:
+            log.write_complete(facts.pattern, peer.address, counts[1], counts[0], seconds)
+            return
+        record = inbound_record(
+            source=peer.address,
+            source_names=facts.source_names,
+            dialled=dialled,
+            workload=facts.workload,
+            service=facts.route.service,
+            counts=counts,
+            seconds=seconds,
+            error=error,
+            peer=peer.identity,
+            authority=request.headers.authority,
         )
+        if error is None and counts is not None:
+            facts.pattern = AccessPattern(record)
+        log.write(record)
 
 
 def _taken_back(connection: InboundConnection) -> RequestRejected:

@@ -24,7 +24,16 @@ from hbone.proxy._listeners import Listeners
 from hbone.proxy._pools import IdentityPools
 from hbone.proxy._ways import BadHandshake, accept_http_connect, accept_socks5
 from hbone.routing import NoOutboundRoute, OutboundProtocol, RouteType
-from hbone.telemetry import AccessRecord, Direction, LogLevel, MetricsObserver, labels_for, log_names, response_flag
+from hbone.telemetry import (
+    AccessPattern,
+    AccessRecord,
+    Direction,
+    LogLevel,
+    MetricsObserver,
+    labels_for,
+    log_names,
+    response_flag,
+)
 from hbone.tls import PeerPolicy
 from hbone.transport import HBONEClient, PlainRelay, Tunnel, connect_tcp, listen_tcp, relay, reset_socket, resolve
 
@@ -62,11 +71,14 @@ class _Facts:
         "expect",
         "forwarded_host",
         "host",
+        "identity",
         "inner_expect",
         "labels",
+        "pattern",
         "route",
         "source",
         "source_names",
+        "way",
     )
 
     def __init__(self, source: Workload, route: OutboundRoute) -> None:
@@ -76,6 +88,9 @@ class _Facts:
         self.baggage = (b"baggage", baggage_of(source).encode())
         self.host = route.service.hostname if route.service is not None else None
         self.forwarded_host = forwarded_host(self.host)
+        self.identity = source.identity if tunnelled else None
+        self.way = f" using {route.protocol.value} via {route.next_hop} type {route.type.value}"
+        self.pattern: AccessPattern | None = None
         self.source_names = log_names(source)
         self.destination_names = log_names(route.workload)
         self.destination = identity_of(route.workload)
@@ -84,7 +99,7 @@ class _Facts:
             source=source,
             destination=route.workload,
             service=route.service,
-            source_principal=source.identity if tunnelled else None,
+            source_principal=self.identity,
             destination_principal=self.destination,
             mutual_tls=tunnelled,
         )
@@ -386,8 +401,7 @@ class NodeOutbound:
             facts = known[id(route)] = _Facts(source, route)
         connection.route, connection.facts = route, facts
         if _log.isEnabledFor(logging.INFO):
-            wrapping, kind = route.protocol.value, route.type.value
-            self._tell(f"proxy to {connection.original} using {wrapping} via {route.next_hop} type {kind}")
+            self._tell(f"proxy to {connection.original}{facts.way}")
 
     async def _connect(
         self, connection: OutboundConnection, source: Workload, route: OutboundRoute
@@ -402,9 +416,10 @@ class NodeOutbound:
             host = str(hop.ip) if isinstance(hop, Endpoint) else hop.host
             return await connect_tcp(host, hop.port, timeout=timeout, options=settings.socket_options)
         assert route.authority is not None
-        pool = self._pools.ready(source.identity)
+        assert facts.identity is not None
+        pool = self._pools.ready(facts.identity)
         if pool is None:
-            pool = await self._pools.get(source.identity)
+            pool = await self._pools.get(facts.identity)
         headers = self._headers(connection, facts)
         began = trio.current_time()
         tunnel = await pool.open_tunnel(route.authority, expect=facts.expect, via=route.next_hop, headers=headers)
@@ -491,8 +506,16 @@ class NodeOutbound:
         connection.end_count(error)
         if _log.isEnabledFor(logging.INFO):
             self._tell(f"complete dur={(trio.current_time() - connection.began) * 1000:.3f}ms")
-        if self._context.access_log is not None:
-            self._context.access_log.write(self._record(connection, error))
+        log = self._context.access_log
+        if log is None:
+            return
+        if error is not None or connection.far_end is not None:
+            log.write(self._record(connection, error))
+            return
+        if facts.pattern is None:
+            facts.pattern = AccessPattern(self._record(connection, None))
+        received, sent = connection.received_and_sent()
+        log.write_complete(facts.pattern, connection.source, received, sent, trio.current_time() - connection.began)
 
     @staticmethod
     def _record(connection: OutboundConnection, error: Exception | None, *, opened: bool = False) -> AccessRecord:
@@ -510,7 +533,7 @@ class NodeOutbound:
             src_addr=connection.source,
             src_workload=source.workload,
             src_namespace=source.namespace,
-            src_identity=facts.source.identity if tunnelled else None,
+            src_identity=facts.identity,
             src_cluster=source.cluster,
             dst_addr=route.next_hop,
             dst_hbone_addr=route.authority,

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hbone.telemetry._access_log import AccessLog, AccessRecord, Direction, LogFormat, format_json, format_plain
+from hbone.telemetry._access_log import (
+    AccessLog,
+    AccessPattern,
+    AccessRecord,
+    Direction,
+    LogFormat,
+    format_json,
+    format_plain,
+)
 from hbone.telemetry._cause import failure_cause, response_flag
 from hbone.telemetry._labels import LogNames, TrafficLabels, labels_for, log_names
 from hbone.telemetry._levels import LogControl, LogLevel, LogLevels
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessLog",
+    "AccessPattern",
     "AccessRecord",
     "Direction",
     "LogControl",

@@ -27,7 +27,7 @@ from hbone.proxy._node_outbound import NodeOutbound
 from hbone.proxy._node_plaintext import NodePlaintext
 from hbone.rbac import Authorizer
 from hbone.routing import ILLEGAL_PORTS, Router, RoutingConfig
-from hbone.telemetry import AccessRecord, LogLevel, Metrics
+from hbone.telemetry import AccessPattern, AccessRecord, LogLevel, Metrics
 from support.backends import own_loopback
 from support.meshes import service, workload
 
@@ -262,6 +262,11 @@ class Lines:
 
     def write(self, record: AccessRecord) -> None:
         self.records.append(record)
+
+    def write_complete(
+        self, pattern: AccessPattern, src_addr: Endpoint | None, sent: int, received: int, duration: float
+    ) -> None:
+        self.records.append(pattern.complete(src_addr, sent, received, duration))
 
     def write_info(self, scope: str, message: str) -> None:
         self.told.append((scope, message))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hbone.address import Authority, Endpoint
 from hbone.identity import SpiffeIdentity
-from hbone.telemetry import AccessLog, AccessRecord, Direction, LogFormat, format_json, format_plain
+from hbone.telemetry import AccessLog, AccessPattern, AccessRecord, Direction, LogFormat, format_json, format_plain
 
 CART = SpiffeIdentity.parse("spiffe://cluster.local/ns/shop/sa/cart")
 STOCK = SpiffeIdentity.parse("spiffe://cluster.local/ns/shop/sa/stock")
@@ -271,3 +271,46 @@ async def test_dropped_lines_are_told_in_json_too(autojump_clock: trio.testing.M
         await trio.sleep(1)
         log.write(record())
     assert [json.loads(line).get("count") for line in stream.getvalue().splitlines()][-2] == log.dropped > 0
+
+
+@pytest.mark.parametrize("log_format", LogFormat)
+@pytest.mark.parametrize("src_addr", [None, Endpoint.parse("10.0.0.1:4000"), Endpoint.parse("[fe80::1]:4000")])
+@pytest.mark.parametrize(
+    "record",
+    [
+        AccessRecord(direction=Direction.INBOUND),
+        AccessRecord(
+            direction=Direction.OUTBOUND,
+            src_workload='we"b\t',
+            src_namespace="shop",
+            dst_addr=Endpoint.parse("10.0.0.2:15008"),
+            dst_hbone_addr="stock.shop:80",
+            dst_service="stock.shop",
+        ),
+    ],
+)
+async def test_a_pattern_writes_what_its_records_do(
+    record: AccessRecord, src_addr: Endpoint | None, log_format: LogFormat
+) -> None:
+    pattern = AccessPattern(record)
+    stream = io.BytesIO()
+    async with AccessLog(stream, log_format) as log:
+        log.write_complete(pattern, src_addr, 11, 22, 0.0335)
+        log.write(pattern.complete(src_addr, 11, 22, 0.0335))
+    clocks = re.compile(rb"\d{4}-\d\d-\d\dT[0-9:.]+Z").sub(b"", stream.getvalue())
+    one, other = clocks.splitlines()
+    assert one == other
+
+
+@pytest.mark.parametrize("log_format", LogFormat)
+async def test_messages_about_a_connection(log_format: LogFormat) -> None:
+    stream = io.BytesIO()
+    async with AccessLog(stream, log_format) as log:
+        log.write_info("proxy::outbound", 'proxy to a"\n:80')
+    (line,) = stream.getvalue().decode("ascii").splitlines()
+    if log_format is LogFormat.JSON:
+        said = json.loads(line)
+        assert said.pop("time")
+        assert said == {"level": "info", "scope": "hbone::proxy::outbound", "message": 'proxy to a"\n:80'}
+    else:
+        assert line.split("\t")[1:] == ["info", "proxy::outbound", 'proxy to a\\"\\n:80', ""]
