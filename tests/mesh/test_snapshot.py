@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from ipaddress import ip_address
@@ -572,11 +573,13 @@ def steps(call: Callable[[], object]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # others may have something called at each collection
     sys.setprofile(hear)
     try:
         call()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
