@@ -326,8 +326,7 @@ class NodeInbound:
         """Wire profile, PROXY protocol."""
         peer, target = request.peer, facts.route.tunnel_target
         assert target is not None
-        if peer.address is None:
-            return ProxyHeader().encode()
+        assert peer.address is not None  # as it dialled an address of ours
         return ProxyHeader(source=peer.address, destination=target, identity=peer.identity).encode()
 
     def _record(
