@@ -185,8 +185,11 @@ class Node:
         """
         self._began = trio.current_time()
         self.config.check(mesh=self._given is None)
+        self._say_what_it_was_told()
         await self._load_mesh()
         self._make_parts()
+        prepare = partial(self._authorizer.prepare, self.mesh.snapshot, self._context.local.served(), pause=_pause)
+        await trio.to_thread.run_sync(prepare)
         async with AsyncExitStack() as stack:
             background = await stack.enter_async_context(_nursery())
             outbound = self._outbound = await stack.enter_async_context(NodeOutbound(self._context))
@@ -233,6 +236,19 @@ class Node:
             tunnels=server.tunnels,
             sessions=server.sessions,
         )
+
+    def _say_what_it_was_told(self) -> None:
+        config = self.config
+        for note in config.notes:
+            _log.info("%s", note)
+        who = f"as {config.workload}" if config.mode is ProxyMode.DEDICATED else "as the workload of its address"
+        for name, address, what in (
+            ("socks5", config.socks5, f"goes through the mesh {who}"),
+            ("http proxy", config.http_proxy, f"goes through the mesh {who}"),
+            ("admin", config.admin, "sees the configuration and can stop the node"),
+        ):
+            if address is not None and not address.local:
+                _log.warning("%s on %s: whoever reaches it %s; localhost keeps it to this machine", name, address, what)
 
     # === the mesh ===
 
@@ -362,7 +378,6 @@ class Node:
         )
         self._inbound = NodeInbound(self._context)
         self._plaintext = NodePlaintext(self._context)
-        self._authorizer.prepare(self.mesh.snapshot, self._context.local.served())
 
     async def _run_parts(self, nursery: trio.Nursery) -> None:
         served = self._context.local.served()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from support.command import Node, environment, hbone
 from hbone.proxy._node_environment import VARIABLES
 from hbone_cli import cli
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 VIP, NAME = "10.96.0.20", "web.shop.svc.cluster.local"
 LOCAL = """
 workloads:
@@ -137,6 +139,20 @@ def test_curl_to_a_service(run, host):
         assert f'istio_tcp_connections_opened_total{{reporter="{reporter}",source_workload="web"' in metrics
         assert f'istio_tcp_sent_bytes_total{{reporter="{reporter}",source_workload="web"' in metrics
     assert node.stop() == 0
+
+
+def test_the_example(run, app, tmp_path):
+    """As its first lines say, but for the ports."""
+    path = tmp_path / "localhost.yaml"
+    path.write_text((EXAMPLES / "localhost.yaml").read_text().replace("8080", str(app.port)))
+    node = run(env={"LOCAL_XDS_PATH": str(path)})
+    for host in ("local.default.svc.cluster.local", "127.10.0.1"):
+        assert get(node, host) == b"".join(pattern(5))
+        assert "dst.hbone_addr=" in node.access('direction="outbound"')
+    assert node.stop() == 0
+    lines = [line for line in node.log.all() if "\taccess\t" in line]
+    assert len([line for line in lines if 'direction="inbound"' in line]) == 2
+    assert not [line for line in lines if "error=" in line]
 
 
 def test_http_connect_and_the_pages(run):

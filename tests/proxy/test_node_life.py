@@ -16,7 +16,7 @@ import trio.testing
 from support.meshes import policy, service, workload
 
 from hbone.certs import LocalCA, write_svid
-from hbone.errors import ConfigError, InvalidCertificate, ListenFailed
+from hbone.errors import ConfigError, InvalidCertificate, ListenFailed, MeshConfigError
 from hbone.mesh import (
     Clause,
     Match,
@@ -347,6 +347,30 @@ async def test_settings_that_do_not_go_together(config):
     with pytest.raises(ConfigError, match="a dedicated node needs a workload"):
         async with Node(replace(config, mode=ProxyMode.DEDICATED), mesh=mesh(9)):
             raise AssertionError
+
+
+async def test_what_it_was_told_is_in_the_log(config, caplog):
+    caplog.set_level("INFO", "hbone.proxy.node")
+    told = replace(config, notes=("X has no effect: why",), socks5=ListenAddress("*", 0), admin=ListenAddress("*", 0))
+    async with Node(told, mesh=mesh(9)):
+        pass
+    said = caplog.messages
+    assert "X has no effect: why" in said
+    everywhere = [line for line in said if "whoever reaches it" in line]
+    assert [line.partition(" ")[0] for line in everywhere] == ["socks5", "admin"]
+
+
+async def test_a_mesh_in_the_environment(config):
+    text = "workloads:\n- {uid: u, name: n, namespace: shop, workloadIps: [127.0.0.1], services: {}}\n"
+    async with Node(replace(config, mesh_text=text)) as node:
+        assert list(node.mesh.snapshot.workloads) == ["u"]
+        state = json.loads((await fetch(node, "admin", "/debug/mesh"))[1])
+        assert state == {"file": None, "inForce": {"policies": 0, "services": 0, "workloads": 1}}
+    with pytest.raises(MeshConfigError) as raised:
+        async with Node(replace(config, mesh_text=text.replace("uid: u", "uuid: u, nome: n"))):
+            raise AssertionError
+    assert len(raised.value.faults) > 1
+    assert str(raised.value).startswith("LOCAL_XDS:2:")
 
 
 async def test_no_workload_and_then_one(config):
