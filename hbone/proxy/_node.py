@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -57,10 +58,9 @@ from hbone.proxy._node_plaintext import NodePlaintext
 from hbone.proxy._prefetch import Prefetch, identities_of
 from hbone.rbac import Authorizer
 from hbone.routing import ILLEGAL_PORTS, Router, RoutingConfig
-from hbone.transport import listen_tcp
+from hbone.transport import listen_tcp, set_transparent
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
     from types import TracebackType
 
@@ -500,21 +500,23 @@ class Node:
         self, nursery: trio.Nursery, outbound: NodeOutbound, problems: list[tuple[str, str, OSError]]
     ) -> None:
         config = self.config
-        transparent = config.orig_src
         captured = sys.platform == "linux"
         if not captured:
             _log.info("captured connections need Linux: outbound and plaintext do not listen")
+        transparent = config.orig_src
+        if transparent is None:
+            transparent = captured and _may_be_transparent()
         # Peers' port first: what is dialled there can depend on it.
-        await self._listen(nursery, "inbound", config.inbound, self._inbound.serve, problems)
+        await self._listen(nursery, "inbound", config.inbound, self._inbound.serve, problems, transparent=False)
         if config.hbone_port == 0 and "inbound" in self.addresses:
             router = self._context.router
             bound = replace(router.config, hbone_port=self.addresses["inbound"][0].port)
             self._context.router = Router(bound, self._random)
         if captured:
             serve = partial(self._plaintext.serve, transparent=transparent)
-            await self._listen(nursery, "inbound plaintext", config.plaintext, serve, problems)
+            await self._listen(nursery, "inbound plaintext", config.plaintext, serve, problems, transparent)
             serve = partial(outbound.serve_captured, transparent=transparent)
-            await self._listen(nursery, "outbound", config.outbound, serve, problems)
+            await self._listen(nursery, "outbound", config.outbound, serve, problems, transparent)
         await self._listen(nursery, "socks5", config.socks5, outbound.serve_socks, problems)
         await self._listen(nursery, "http proxy", config.http_proxy, outbound.serve_http_connect, problems)
         for name in ("socks5", "http proxy"):
@@ -527,6 +529,7 @@ class Node:
         address: ListenAddress | None,
         serve: Callable[..., Awaitable[None]],
         problems: list[tuple[str, str, OSError]],
+        transparent: bool | None = None,
     ) -> None:
         if address is None:
             return
@@ -538,14 +541,15 @@ class Node:
             except OSError as problem:
                 if not hosts.absent(problem):
                     problems.append((name, str(address), problem))
-        self._listening(name, bound)
+        self._listening(name, bound, transparent)
 
-    def _listening(self, name: str, bound: list[Endpoint]) -> None:
+    def _listening(self, name: str, bound: list[Endpoint], transparent: bool | None = None) -> None:
         if bound:
             self.addresses[name] = tuple(bound)
         log = logging.getLogger(_SCOPES.get(name, "hbone.admin"))
         for endpoint in bound:
-            log.info("listener established", extra={"fields": {"address": endpoint, "component": name}})
+            fields = {"address": endpoint, "component": name, "transparent": transparent}
+            log.info("listener established", extra={"fields": fields})
 
     # === pages ===
 
@@ -682,6 +686,16 @@ def _open_or_create(directory: Any) -> LocalCA:
         return LocalCA.open_or_create(directory)
     except InvalidCertificate:
         return LocalCA.open(directory)
+
+
+def _may_be_transparent() -> bool:
+    """Whether listeners may take TPROXY connections."""
+    with socket.socket() as probe:
+        try:
+            set_transparent(probe)
+        except OSError:
+            return False
+    return True
 
 
 def _ports(*addresses: ListenAddress | None) -> set[int]:
