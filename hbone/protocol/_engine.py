@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import h2.config
@@ -147,6 +148,17 @@ class _Allowance:
             raise RemoteProtocolError(f"too many {what}", ErrorCode.ENHANCE_YOUR_CALM)
 
 
+def _resizes_table(block: bytes) -> bool:
+    """Whether it begins with a dynamic table size update (RFC 7541 section 6.3), which stands nowhere else."""
+    return block[:1] != b"" and block[0] & 0xE0 == 0x20
+
+
+@lru_cache(maxsize=256)
+def _answer_block(headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    """A server gives the same answer to many requests."""
+    return encode_header_block([(b":status", b"200"), *headers])
+
+
 class Engine:
     """The HTTP/2 half of HBONE (RFC 9113, wire profile), for either side of one session.
 
@@ -190,6 +202,9 @@ class Engine:
             client=client, initial_values={h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: _MAX_STREAM_ID}
         )
         self._decoder = hpack.Decoder(max_header_list_size=4 * limits.max_header_list_size)
+        # The last answer's block and what it says. Most answers of a peer are the same bytes, and as long as the
+        # decoder's table is empty the same bytes say the same, and leave it empty.
+        self._answer_block: tuple[bytes | None, tuple[tuple[bytes, bytes], ...]] = (None, ())
 
         self.streams: dict[int, Stream] = {}
         self.send_window: int = _DEFAULT_WINDOW
@@ -351,7 +366,7 @@ class Engine:
         stream = self._unanswered_request(stream_id)
         stream.answered = True
         stream.life.process_input(StreamInputs.SEND_HEADERS)
-        block = self._encode([(b":status", b"200"), *headers])
+        block = self._encode_answer(tuple(headers))
         self._out += headers_frames(stream_id, block, self.max_frame_size)
 
     def refuse(self, stream_id: int, status: int, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
@@ -776,9 +791,13 @@ class Engine:
             self._header_block(now, events)
 
     def _header_block(self, now: float, events: list[ev.Event]) -> None:
-        block, self._block = self._block, None
+        block, self._block = bytes(self._block or b""), None
+        known, headers_of_known = self._answer_block
+        if block == known and not self._decoder.header_table.dynamic_entries:
+            self._response(self._block_stream, list(headers_of_known), now, events)
+            return
         try:
-            headers = self._decoder.decode(bytes(block or b""), raw=True)
+            headers = self._decoder.decode(block, raw=True)
         except hpack.exceptions.OversizedHeaderListError:
             raise RemoteProtocolError("a header list is too large", ErrorCode.ENHANCE_YOUR_CALM) from None
         except hpack.exceptions.HPACKError as error:
@@ -786,6 +805,8 @@ class Engine:
             raise RemoteProtocolError("a header block is broken", ErrorCode.COMPRESSION_ERROR) from error
         plain = [(bytes(name), bytes(value)) for name, value in headers]
         if self._client:
+            if not self._decoder.header_table.dynamic_entries and not _resizes_table(block):
+                self._answer_block = (block, tuple(plain))
             self._response(self._block_stream, plain, now, events)
         else:
             self._request(self._block_stream, plain, now, events)
@@ -987,6 +1008,11 @@ class Engine:
                 )
 
     # === helpers ===
+
+    def _encode_answer(self, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+        if self._table_shrunk:
+            return self._encode([(b":status", b"200"), *headers])
+        return _answer_block(headers)
 
     def _encode(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         block = encode_header_block(headers)

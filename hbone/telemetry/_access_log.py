@@ -449,7 +449,7 @@ class AccessLog:
             message: is escaped, as it may have parts that a peer chose.
         """
         now = time.time()
-        if not _plain_text(message):
+        if not message.isprintable() or not message.isascii() or '"' in message or "\\" in message:
             message = quote(message)[1:-1]
         if self._log_format is LogFormat.JSON:
             line = f'{{"level":"info","time":"{timestamp(now)}","scope":"hbone::{scope}","message":"{message}"}}'

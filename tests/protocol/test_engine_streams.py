@@ -478,3 +478,45 @@ def test_the_number_of_streams_is_that_of_live_ones():
         client.receive(frames.data(a, end=True))
         client.reset(b, Code.CANCEL)
         assert client.engine.available_streams == 3
+
+
+# --- answers that are the same bytes
+
+
+def literal(name: str, value: str, *, index: bool = False) -> bytes:
+    """A header field as HPACK writes it: never indexed for later, or put into the table (RFC 7541 section 6.2)."""
+    return (b"\x40" if index else b"\x00") + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+
+
+SAME = b"\x88" + literal("baggage", "a=1")
+INDEXED = b"\x88" + literal("baggage", "b=2", index=True)
+BY_INDEX = b"\x88\xbe"  # the first entry of the table
+SHRUNK = b"\x20" + SAME  # the table gets no room
+A, B = (b"baggage", b"a=1"), (b"baggage", b"b=2")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ([SAME, SAME, SAME], [A, A, A]),
+        ([SAME, INDEXED, BY_INDEX, SAME, BY_INDEX, BY_INDEX], [A, B, B, A, B, B]),
+        ([INDEXED, INDEXED, BY_INDEX], [B, B, B]),
+        ([INDEXED, SHRUNK, SAME, SAME, SHRUNK, SAME], [B, A, A, A, A, A]),
+        ([SHRUNK, SHRUNK, SAME, b"\x88", SAME], [A, A, A, None, A]),
+    ],
+    ids=["the same", "a table in between", "indexed", "resized", "another in between"],
+)
+def test_answers_of_the_same_bytes_say_what_their_table_makes_of_them(blocks, said):
+    client = asking(len(blocks))
+    got = []
+    for number, block in enumerate(blocks):
+        told = only(client.receive(frames.headers(2 * number + 1, block)), ResponseReceived)
+        got.append(told.response.headers)
+    assert got == [() if header is None else (header,) for header in said]
+
+
+def test_an_index_into_a_table_that_was_emptied_is_an_error():
+    client = asking(4)
+    for number, block in enumerate((INDEXED, BY_INDEX, SHRUNK)):
+        client.receive(frames.headers(2 * number + 1, block))
+    assert failure(client.receive(frames.headers(7, BY_INDEX))).error_code == Code.COMPRESSION_ERROR
