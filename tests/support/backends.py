@@ -95,13 +95,14 @@ class Seen:
 
 
 class Backend:
-    """A TCP server on a free port of the loopback whose connections all do `habit(sock, seen)`."""
+    """A TCP server whose connections all do `habit(sock, seen)`; by default on a free port of the loopback."""
 
     def __init__(
         self,
         habit: Callable[[socket.socket, Seen], None],
         *,
         host: str = "127.0.0.1",
+        port: int = 0,
         receive_buffer: int | None = None,
     ) -> None:
         self._habit = habit
@@ -109,7 +110,7 @@ class Backend:
         self._sock = socket.socket(family, socket.SOCK_STREAM)
         if receive_buffer is not None:  # inherited by accepted sockets
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self._sock.bind((host, 0))
+        self._sock.bind((host, port))
         self._sock.listen(512)
         self.host = host
         self.port: int = self._sock.getsockname()[1]

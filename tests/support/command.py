@@ -115,6 +115,12 @@ class Lines:
             assert self._came.wait_for(lambda: self._ended, WAIT), "the output goes on"
             return list(self._lines)
 
+    def wait_number(self, wanted: Callable[[str], bool], number: int, what: str) -> None:
+        """Until so many lines that are wanted have come."""
+        with self._came:
+            self._came.wait_for(lambda: self._ended or sum(map(wanted, self._lines)) >= number, WAIT)
+            assert sum(map(wanted, self._lines)) >= number, f"waiting for {number} {what}; there was {self._lines}"
+
     def wait(self, wanted: Callable[[str], bool], what: str) -> str:
         """The first line that is wanted."""
 
@@ -131,9 +137,11 @@ class Lines:
 class Node:
     """A proxy that runs, and says what happens as JSON (unless told otherwise; then nobody waits until it is ready)."""
 
-    def __init__(self, *words: str, json_lines: bool = True, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *words: str, json_lines: bool = True, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()
+    ) -> None:
         self.process = subprocess.Popen(
-            [*HBONE, *words, *(["--json"] if json_lines else [])],
+            [*prefix, *HBONE, *words, *(["--json"] if json_lines else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
