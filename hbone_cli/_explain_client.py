@@ -84,7 +84,7 @@ def _by_address(
         notes.append(f"{ip} is the address of a node, which {', '.join(hosts[:_NAMED])} has too: say which by its name")
     where = f"in the network {_quoted(network or '')}" if node is None else f"on the node {_quoted(node)}"
     notes.append(
-        f"{ip} is no workload's address {where}: a node that got its connection would refuse it, so it comes in plain text"
+        f"{ip} is no workload's address {where}: no node would carry its connection, so it comes in plain text"
     )
     return Client(workload=None, ip=source_ip or ip, network=network or "", notes=tuple(notes))
 

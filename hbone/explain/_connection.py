@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from hbone.address import Authority, Endpoint
 from hbone.explain._values import Arrival, ConnectionExplanation, Outcome, Way, identity_of
-from hbone.mesh import TunnelProtocol
+from hbone.mesh import NetworkAddress, TunnelProtocol
 from hbone.protocol import Forwarded
 from hbone.rbac import Flow, explain_verdict
 from hbone.routing import (
@@ -332,12 +332,13 @@ def _behind_gateway(
     assert identity is not None
     if service.waypoint is not None or service.weighted_waypoints:
         return None
-    snapshot = asking.snapshot
+    snapshot, network = asking.snapshot, ""
     ways = []
     for uid in sorted(snapshot.endpoints(service))[: asking.limit]:
         workload = snapshot.workloads.get(uid)
-        if workload is None or workload.network != gateway.network or not workload.addresses:
+        if workload is None or not workload.addresses or not _leads_to(snapshot, workload, gateway):
             continue
+        network = workload.network
         dialled = Endpoint(workload.addresses[0], asking.config.hbone_port)
         inner = replace(
             route,
@@ -356,10 +357,27 @@ def _behind_gateway(
         source=source,
         source_ip=hop.ip,
         target=authority,
-        network=gateway.network,
+        network=network,
         steps=(f"the gateway {gateway.key} passes the inner tunnel on to an endpoint of {service.key} over there",),
         ways=tuple(ways),
     )
+
+
+def _leads_to(snapshot: MeshSnapshot, workload: Workload, gateway: Workload) -> bool:
+    """Whether a workload is behind a gateway."""
+    if workload.network_gateway is None:
+        return False
+    services: tuple[Service | None, ...]
+    destination = workload.network_gateway.destination
+    if isinstance(destination, NetworkAddress):
+        if destination.network == gateway.network and destination.ip in gateway.addresses:
+            return True
+        services = snapshot.services_by_vip(destination.network, destination.ip)
+    else:
+        if snapshot.workload_by_hostname(destination.namespace, destination.hostname) is gateway:
+            return True
+        services = (snapshot.service(destination),)
+    return any(service in services for service in snapshot.services_of(gateway))
 
 
 # ---------------------------------------------------------------------------------------------------------- plain text
