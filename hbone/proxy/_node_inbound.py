@@ -34,13 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hbone.address import Endpoint
-    from hbone.identity import SpiffeIdentity
     from hbone.mesh import MeshSnapshot, Workload
     from hbone.proxy._context import NodeContext
     from hbone.routing import InboundRoute
     from hbone.telemetry import OpenConnection, TrafficLabels
     from hbone.tls import SvidSource
-    from hbone.transport import TunnelRequest
+    from hbone.transport import Peer, TunnelRequest
 
 __all__ = ["NodeInbound"]
 
@@ -54,7 +53,7 @@ _OK: Final = ConnectResponse(status=200)
 class _Facts:
     """What is the same for all tunnels of one peer to one target."""
 
-    __slots__ = ("host", "labels", "pattern", "response", "route", "source_names", "workload")
+    __slots__ = ("flow", "host", "labels", "pattern", "response", "route", "source_names", "workload")
 
     def __init__(
         self,
@@ -63,9 +62,17 @@ class _Facts:
         route: InboundRoute,
         source: Workload | None,
         baggage: Baggage | None,
-        peer: SpiffeIdentity,
+        peer: Peer,
         response_baggage: bool,
     ) -> None:
+        assert peer.address is not None  # as it dialled an address of ours
+        destination = route.rbac_destination
+        self.flow = Flow(
+            source_ip=peer.address.ip,
+            source_identity=peer.identity,
+            destination_ip=destination.ip,
+            destination_port=destination.port,
+        )
         self.workload = workload
         self.route = route
         self.host = str(route.upstream.ip)
@@ -77,7 +84,7 @@ class _Facts:
             source=who,
             destination=workload,
             service=route.service,
-            source_principal=peer,
+            source_principal=peer.identity,
             destination_principal=workload.identity,
             mutual_tls=True,
         )
@@ -263,27 +270,20 @@ class NodeInbound:
             route=route,
             source=source,
             baggage=headers.baggage if settings.response_baggage else None,
-            peer=peer.identity,
+            peer=peer,
             response_baggage=settings.response_baggage,
         )
 
     @staticmethod
     def _register(request: TunnelRequest, facts: _Facts, close: Callable[[], None]) -> InboundConnection:
-        route, peer = facts.route, request.peer
-        destination = route.rbac_destination
-        assert peer.address is not None  # as it dialled an address of ours
+        route = facts.route
         return InboundConnection(
             workload=facts.workload,
-            source=peer.address,
+            source=request.peer.address,
             original=route.service.hostname if route.service is not None else None,
             actual=route.upstream,
             protocol="HBONE",
-            flow=Flow(
-                source_ip=peer.address.ip,
-                source_identity=peer.identity,
-                destination_ip=destination.ip,
-                destination_port=destination.port,
-            ),
+            flow=facts.flow,
             close=close,
         )
 
