@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
@@ -379,10 +379,10 @@ async def test_plain_text_is_judged_as_it_was_foretold(live: Live, nursery: trio
             (way,) = live.explain(client, target, "--plain")["ways"]
             live.judged.clear()
             stream = await captures.dial(captured, target, client)
-            with trio.fail_after(WAIT):
+            with suppress(trio.BrokenResourceError):
                 await stream.send_all(b"hello")
                 await stream.send_eof()
-                answer, _ = await read_to_end(stream)
+            answer, _ = await read_to_end(stream)
             await stream.aclose()
             await at_rest(node)
             assert way["outcome"] == ("through" if answer == b"hello" else "denied")
