@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from hbone.errors import HboneError, LocalProtocolError
+from hbone.errors import HboneError, LocalProtocolError, TunnelReset
 from hbone.protocol import ErrorCode
 from hbone.protocol._frames import FRAME_HEADER_SIZE
 from hbone.transport._ends import LINGER, RelayResult, let_it_read, reset_socket
@@ -354,7 +354,8 @@ class Link:
             return
         if error is not None:
             self.error = error
-            if self._tunnel.eof_received:
+            given_up = isinstance(error, TunnelReset) and not error.remote  # by us, because it must end now
+            if self._tunnel.eof_received and not given_up:
                 # All of the other direction has come: the socket gets it, and only then learns that nobody reads it.
                 self.linger = self.read_ended = True
             else:

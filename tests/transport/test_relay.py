@@ -561,6 +561,29 @@ async def test_a_slow_application_gets_the_tail_though_tunnel_and_session_are_go
         assert (results[0].error is None) == (how == "drained")
 
 
+@pytest.mark.parametrize("slow", [False, True])
+async def test_what_we_give_up_ends_at_once(slow: bool) -> None:
+    """Whoever resets a tunnel on this side wants its relay to end, whatever the application has not got yet."""
+    async with memory_pair() as pair, trio.open_nursery() as nursery:
+        near, far = await pair.open()
+        app, sock = connected_pair()
+        nursery.start_soon(relay, sock, near)
+        if slow:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+            await far.send_all(DOWN * 4)
+        await far.send_eof()
+        with trio.fail_after(WAIT):
+            while not near.eof_received:
+                await trio.sleep(0.001)
+        near.abort()
+        with trio.fail_after(WAIT):
+            while sock.fileno() != -1:
+                await trio.sleep(0.001)
+        with pytest.raises(trio.BrokenResourceError):
+            while True:
+                await app.send_all(b"nobody reads this")
+
+
 @pytest.mark.wire("W-RST-6")
 async def test_the_wait_for_a_slow_application_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes long to read its tail; when it resets, or stays without reading on, that is the end."""
