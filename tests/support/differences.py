@@ -315,7 +315,7 @@ TRAPS = (
         "Refusals are 401 for policy, not 403; 400 for a target that is not here; 503 for everything else.",
         "The same.",
         False,
-        ("routing/test_inbound.py::test_refused", "proxy/test_node_outbound.py::test_refused_by_policy"),
+        ("proxy/test_node_inbound.py::test_refused", "proxy/test_node_outbound.py::test_refused_by_policy"),
     ),
     Trap(
         "The address in a CONNECT is checked and never dialled: what is dialled is the address that the peer dialled.",
@@ -337,6 +337,7 @@ TRAPS = (
         (
             "routing/test_outbound.py::test_who_is_expected",
             "routing/test_outbound.py::test_nobody_to_expect_is_no_route",
+            "proxy/test_node_double.py::test_somebody_else_behind_the_gateway",
         ),
     ),
     Trap(
@@ -349,7 +350,7 @@ TRAPS = (
         "A server takes only clients of its own trust domain.",
         "The same: of others it has no roots.",
         False,
-        ("tls/test_contexts.py::test_one_trust_domain_cannot_vouch_for_another",),
+        ("proxy/test_node_inbound.py::test_a_peer_of_another_trust_domain",),
     ),
     Trap(
         "`received` is the request and `sent` the response for both reporters, but `bytes_sent` of the "
@@ -407,7 +408,10 @@ TRAPS = (
         "they began.",
         "Whenever anything changes, and by what is known now.",
         True,
-        ("proxy/test_node_life.py::test_a_policy_closes_what_it_forbids",),
+        (
+            "proxy/test_node_life.py::test_a_policy_closes_what_it_forbids",
+            "proxy/test_connections.py::test_a_workload_that_is_selected_by_a_policy_now",
+        ),
     ),
     Trap(
         "Strict mutual TLS is no mode: it is a DENY policy for whoever has no identity.",
