@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections import Counter
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ from support.dataplanes import (
     STOCK,
     TD,
     VIP,
+    Refused,
+    echo,
     member,
     read_to_end,
     samples,
@@ -23,16 +28,16 @@ from support.dataplanes import (
 )
 from support.meshes import policy
 
-from hbone import Endpoint, ErrorCode, HBONEClient, SpiffeIdentity, TunnelReset
+from hbone import ConnectionPool, Endpoint, ErrorCode, HBONEClient, PolicyDenied, SpiffeIdentity, TunnelReset
 from hbone.mesh import Action, Match, MeshSnapshot, MeshState, Scope, StringMatch, StringMatchKind
-from hbone.proxy import _connections
+from hbone.proxy import _connections, _node_inbound
 from hbone.proxy._connections import ConnectionTable, InboundConnection
 from hbone.rbac import Authorizer, Flow, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from support.dataplanes import DataPlane
+    from support.dataplanes import Captures, DataPlane
 
     from hbone.certs import LocalCA
     from hbone.mesh import AuthorizationPolicy, Workload
@@ -470,18 +475,185 @@ async def test_whatever_state_a_tunnel_is_in(ca: LocalCA, when: str, stalled: bo
             it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[deny()]))
             await it.far.context.connections.settled()
             await until(lambda: not it.far.context.connections.inbound)
+            # The direction that had ended well has ended well; the other one shows it.
+            use = tunnel.send_all(HELLO) if when == "half closed by the application" else tunnel.receive_some()
             with pytest.raises(trio.BrokenResourceError) as caught:
-                if when == "half closed by the application":  # that direction had ended well
-                    await tunnel.send_all(HELLO)
-                else:
-                    await tunnel.receive_some()
+                await use
             assert isinstance(caught.value.__cause__, TunnelReset)
             assert caught.value.__cause__.error_code == ErrorCode.CONNECT_ERROR
             if when != "half closed by the peer" or stalled:
                 assert (await read_to_end(far))[1] == "reset"
             else:  # it has had its end already
                 with pytest.raises(trio.BrokenResourceError):
-                    while True:
-                        await far.send_all(HELLO)
+                    await send_on(far)
+            await it.at_rest()
+            assert total(it.far.metrics, "closed", response_flags="DENY") == 1
+
+
+async def send_on(stream: trio.abc.SendStream) -> None:
+    while True:
+        await stream.send_all(HELLO)
+
+
+async def test_one_that_is_forbidden_while_its_application_is_dialled(
+    ca: LocalCA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was allowed, and is not any more when the application answers: 401, and the application sees a reset."""
+    real, dialling, go_on = _node_inbound.connect_tcp, trio.Event(), trio.Event()
+
+    async def connect_tcp(*args: Any, **options: Any) -> Any:
+        dialling.set()
+        await go_on.wait()
+        return await real(*args, **options)
+
+    monkeypatch.setattr(_node_inbound, "connect_tcp", connect_tcp)
+    async with shop(ca, habit=None) as it, trio.open_nursery() as nursery:
+
+        async def connect() -> None:
+            with pytest.raises(Refused, match="403"):
+                await it.near.connect(VIP, 80, way="http")
+
+        nursery.start_soon(connect)
+        await dialling.wait()
+        it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[deny()]))
+        await it.far.context.connections.settled()
+        go_on.set()
+        line = await it.far.log.next()
+        assert line.error == "connection closed due to policy change: explicitly denied by: shop/no"
+        await it.at_rest()
+        assert traffic(it.far.metrics) == {("destination", "opened"): 1, ("destination", "closed DENY"): 1}
+        assert await read_to_end(await it.app.accept()) == (b"", "reset")
+
+
+async def test_one_that_is_over_when_it_is_forbidden(ca: LocalCA) -> None:
+    """The bytes are through, and the log says so."""
+    async with shop(ca, habit=echo) as it:
+        assert await it.near.ask(VIP, 80) == HELLO
+        await it.at_rest()
+        it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[deny()]))
+        await it.far.context.connections.settled()
+        assert [record.error for record in it.far.log.records] == [None]
+
+
+async def test_only_those_that_are_forbidden(ca: LocalCA) -> None:
+    """Two peers, one of them denied; the other one's tunnel and session go on."""
+    async with shop(ca, habit=None) as it:
+        target = f"{STOCK}:{it.app.port}"
+        async with (
+            HBONEClient.connect(STOCK, it.port, svid=ca.issue(CART_ID)) as good,
+            HBONEClient.connect(STOCK, it.port, svid=ca.issue(f"{TD}/shop/sa/till")) as bad,
+        ):
+            kept = await good.open_tunnel(target)
+            behind = await it.app.accept()
+            lost = await bad.open_tunnel(target)
+            it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[allow("cart")]))
+            await it.far.context.connections.settled()
+            assert await read_to_end(lost) == (b"", "reset")
+            with pytest.raises(PolicyDenied):
+                await bad.open_tunnel(target)
+            await kept.send_all(HELLO)
+            assert await behind.receive_some() == HELLO
+            await kept.send_eof()
+            await behind.send_eof()
+            assert await read_to_end(kept) == (b"", "eof")
+
+
+# --- a race
+
+
+async def test_policies_that_change_while_a_thousand_connect(ca: LocalCA) -> None:
+    """1 000 opens while policies flip many times, seen from the outside.
+
+    In the end nothing that policy denies is open, and nothing was closed after the last time that it was allowed.
+    """
+    opens, last_flip = 1000, 900
+    names = ("cart", "till", "batch")
+    draw = random.Random(11)
+    denied: set[str] = set()
+    flip = 0
+    allowed_since = dict.fromkeys(names, 0)
+    asked: list[_Asked] = []
+
+    async with shop(ca, habit=hold) as it, AsyncExitStack() as stack:
+        table = it.far.context.connections
+        target, via = f"{STOCK}:{it.app.port}", Endpoint.parse(f"{STOCK}:{it.port}")
+        pools = {
+            name: await stack.enter_async_context(ConnectionPool(ca.issue(f"{TD}/shop/sa/{name}"))) for name in names
+        }
+
+        async def connect(one: _Asked) -> None:
+            try:
+                async with await pools[one.name].open_tunnel(target, via=via) as tunnel:
+                    one.state = "open"
+                    await tunnel.receive_some()
+            except PolicyDenied:
+                one.state = "refused"
+            except trio.BrokenResourceError:
+                one.state = "cut"
+
+        async with trio.open_nursery() as nursery:
+            for number in range(opens):
+                one = _Asked(names[number % 3], flip)
+                asked.append(one)
+                nursery.start_soon(connect, one)
+                await until(lambda: sum(not one.state for one in asked) < 30)  # so many are on their way
+                if number % 15 == 0 and number <= last_flip:
+                    flip += 1
+                    now = {name for name in names if draw.random() < 0.5} if number < last_flip else {"till"}
+                    allowed_since |= dict.fromkeys(denied - now, flip)
+                    denied = now
+                    it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[deny(*denied, "nobody")]))
+            await table.settled()
+            await until(lambda: all(one.state for one in asked))
+            await table.settled()
+
+            def states(name: str) -> Counter[str]:
+                return Counter(one.state for one in asked if one.name == name)
+
+            await until(lambda: "open" not in states("till"))
+            await until(lambda: not any(each.revoked for each in table.inbound))
+            open_here = Counter(each.flow.source_identity.service_account for each in table.inbound)
+            assert open_here == +Counter({name: states(name)["open"] for name in names})
+            for name in names:
+                assert states(name)["refused"] > 10
+                assert states(name)["cut"] > 10
+            for name in ("cart", "batch"):
+                # Asked for after the last change that allowed it again: neither refused nor cut.
+                assert {one.state for one in asked if one.name == name and one.flip >= allowed_since[name]} <= {"open"}
+                assert states(name)["open"] > 5
+            nursery.cancel_scope.cancel()
+        await it.at_rest()
+        assert total(it.far.metrics, "opened") == total(it.far.metrics, "closed") == opens
+
+
+class _Asked:
+    """One of them."""
+
+    def __init__(self, name: str, flip: int) -> None:
+        self.name = name
+        self.flip = flip
+        self.state = ""
+
+
+async def hold(stream: trio.SocketStream) -> None:
+    await trio.sleep_forever()
+
+
+# --- plain text
+
+
+async def test_plain_text_that_is_not_allowed_any_more(ca: LocalCA, captures: Captures) -> None:
+    async with shop(ca, habit=None) as it:
+        proxy = await it.far.nursery.start(it.far.plaintext.serve, "127.0.0.1", 0)
+        async with await captures.dial(proxy, f"{STOCK}:{it.app.port}") as near:
+            far = await it.app.accept()
+            await near.send_all(HELLO)
+            assert await far.receive_some() == HELLO
+            it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[NO_PLAIN_TEXT]))
+            await it.far.context.connections.settled()
+            assert await read_to_end(near) == (b"", "reset")
+            assert await read_to_end(far) == (b"", "reset")
+            line = await it.far.log.next()
+            assert line.error == "connection closed due to policy change: explicitly denied by: shop/strict"
             await it.at_rest()
             assert total(it.far.metrics, "closed", response_flags="DENY") == 1

@@ -580,8 +580,12 @@ async def test_what_we_give_up_ends_at_once(slow: bool) -> None:
             while sock.fileno() != -1:
                 await trio.sleep(0.001)
         with pytest.raises(trio.BrokenResourceError):
-            while True:
-                await app.send_all(b"nobody reads this")
+            await send_on(app)
+
+
+async def send_on(stream: trio.abc.SendStream) -> None:
+    while True:
+        await stream.send_all(b"nobody reads this")
 
 
 @pytest.mark.wire("W-RST-6")
