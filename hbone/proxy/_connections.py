@@ -31,7 +31,7 @@ __all__ = ["ConnectionTable", "InboundConnection", "ShownConnection"]
 _log: Final = logging.getLogger("hbone.proxy.connections")
 
 #: Seconds of judging between two chances for the data plane.
-_SLICE: Final = 0.005
+_SLICE: Final = 0.002
 
 
 class ShownConnection(Protocol):
