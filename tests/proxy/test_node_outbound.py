@@ -66,6 +66,7 @@ from hbone import (
 )
 from hbone.certs import LocalCA
 from hbone.mesh import Locality, MeshState, TunnelProtocol
+from hbone.proxy import _node_outbound
 from hbone.proxy._context import NodeSettings
 from hbone.telemetry import AccessRecord, Direction, LogLevel
 
@@ -845,12 +846,42 @@ async def test_an_application_that_leaves_before_it_was_told(ca: LocalCA) -> Non
             await asked.wait()
             (connection,) = near.context.connections.outbound
             reset(stream)
-        await until(lambda: connection.way.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\7")
+        await until(lambda: is_broken(connection.way.sock))
         go_on.set()
         line = await near.log.next()
         assert line.error == "the application left before it was told that its tunnel is up"
         await at_rest(near)
         assert traffic(near.metrics) == {("source", "opened"): 1, ("source", "closed CONNECT"): 1}
+
+
+async def test_an_application_that_leaves_while_a_plain_one_is_dialled(
+    ca: LocalCA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, dialling, go_on = _node_outbound.connect_tcp, trio.Event(), trio.Event()
+
+    async def connect_tcp(*args: Any, **options: Any) -> socket.socket:
+        dialling.set()
+        await go_on.wait()
+        return await real(*args, **options)
+
+    monkeypatch.setattr(_node_outbound, "connect_tcp", connect_tcp)
+    async with of_kind(ca, "plain") as it, trio.open_nursery() as nursery:
+        async with await trio.open_tcp_stream("127.0.0.1", it.near.http.port) as stream:
+            await stream.send_all(f"CONNECT {VIP}:80 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            await dialling.wait()
+            (connection,) = it.near.context.connections.outbound
+            reset(stream)
+        await until(lambda: is_broken(connection.way.sock))
+        go_on.set()
+        assert await read_to_end(await it.app.accept()) == (b"", "reset")
+        assert (await it.near.log.next()).error == "the application left before it was told that its tunnel is up"
+        await it.at_rest()
+        nursery.cancel_scope.cancel()
+
+
+def is_broken(sock: socket.socket) -> bool:
+    """Whether the kernel has heard of the other side's reset; looking at it does not take it away."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\7"
 
 
 async def test_a_tunnel_that_breaks_under_the_first_bytes(ca: LocalCA) -> None:
@@ -995,6 +1026,10 @@ async def test_the_end_of_the_node(ca: LocalCA, kind: str) -> None:
         assert (line.error, line.bytes_sent) == ("the node was stopped", 11)
         with pytest.raises(OSError):
             await it.near.connect(VIP, 80)
+        late = await it.near.nursery.start(it.near.outbound.serve_socks, "127.0.0.1", 0)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(OSError):
+            await trio.open_tcp_stream("127.0.0.1", late.port)
         await nodes_at_rest(it, kind)
         assert total(it.near.metrics, "closed", response_flags="CONNECT") == 1
 

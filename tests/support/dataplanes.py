@@ -380,9 +380,21 @@ async def dial(endpoint: Endpoint, source: str | None = None) -> trio.SocketStre
     """A TCP connection, from any address of this machine."""
     if source is None:
         return await trio.open_tcp_stream(str(endpoint.ip), endpoint.port)
+    return await _connected(await _bound(source), endpoint)
+
+
+async def _bound(source: str) -> trio.socket.SocketType:
     sock = trio.socket.socket()
     await sock.bind((source, 0))
-    await sock.connect((str(endpoint.ip), endpoint.port))
+    return sock
+
+
+async def _connected(sock: trio.socket.SocketType, endpoint: Endpoint) -> trio.SocketStream:
+    try:
+        await sock.connect((str(endpoint.ip), endpoint.port))
+    except BaseException:
+        sock.close()
+        raise
     return trio.SocketStream(sock)
 
 
@@ -650,11 +662,9 @@ class Captures:
 
     async def dial(self, proxy: Endpoint, target: str, source: str = "127.0.0.1") -> trio.SocketStream:
         """A connection to `target` that ends up at `proxy`."""
-        sock = trio.socket.socket()
-        await sock.bind((source, 0))
+        sock = await _bound(source)
         self._targets[sock.getsockname()] = Endpoint.parse(target)
-        await sock.connect((str(proxy.ip), proxy.port))
-        return trio.SocketStream(sock)
+        return await _connected(sock, proxy)
 
 
 # === metrics ===
