@@ -111,7 +111,10 @@ def mesh_of(*parts: Workload | Service | AuthorizationPolicy) -> MeshSnapshot:
 
 
 def shared_port(*hosts: str) -> int:
-    """A port that is free on all of these addresses, which are nobody else's: HBONE's is one for a whole mesh."""
+    """A port that is free on all of these addresses, which are nobody else's: HBONE's is one for a whole mesh.
+
+    As nothing is left listening there, ask for it after all that take whatever port they get.
+    """
     while True:
         try:
             with ExitStack() as stack:
@@ -548,8 +551,8 @@ async def shop(
         stock_fields: of the server's workload.
         service_fields: of its service.
     """
-    port = shared_port(CART, STOCK, LEGACY, WAYPOINT, GATEWAY, FAR, THIEF)
     async with application(STOCK, habit) as app:
+        port = shared_port(CART, STOCK, LEGACY, WAYPOINT, GATEWAY, FAR, THIEF)  # not before: it might get that one
         own = (
             cart(**(cart_fields or {})),
             stock(app.port, **(stock_fields or {})),
@@ -604,9 +607,9 @@ async def across(
         stock_fields: of the server's workload as its own node knows it.
         policies: of the far network.
     """
-    port = shared_port(FAR)
-    forwards = ForwardHandler(FixedTarget(Authority(FAR, port)))
     async with application(FAR, habit) as app:
+        port = shared_port(FAR)
+        forwards = ForwardHandler(FixedTarget(Authority(FAR, port)))
         async with hbone_peer(ca, gate_identity, GATEWAY, handler=gate_handler or forwards) as gate:
             gateway = GatewayAddress(destination=NetworkAddress("near", ip_address(GATEWAY)), hbone_mtls_port=gate.port)
             remote = stock(1, addresses=(), network="far", network_gateway=gateway)
