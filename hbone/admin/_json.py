@@ -42,7 +42,7 @@ def json_pieces(value: object) -> Iterator[bytes]:
 
 def _texts(value: object, line: str) -> Iterator[str]:
     """`line` is the line end together with the indentation that follows it."""
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         yield from _block("{}", ((f"{_encode(str(key))}: ", value[key]) for key in sorted(value, key=str)), line)
     elif isinstance(value, Iterator):
         yield from _block("[]", (("", item) for item in value), line, leaves=True)

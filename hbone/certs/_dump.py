@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from datetime import datetime
 
     from cryptography import x509
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["dump_certificates"]
 
 
-def dump_certificates(states: Iterable[SvidStatus]) -> list[dict[str, Any]]:
-    """One JSON object for each identity, sorted by identity: chain, roots, state."""
-    return [_status(status) for status in sorted(states, key=lambda status: str(status.identity))]
+def dump_certificates(states: Iterable[SvidStatus]) -> Iterator[dict[str, Any]]:
+    """One JSON object for each identity, sorted by identity: chain, roots, state. Each is made when its turn comes."""
+    return map(_status, sorted(states, key=lambda status: str(status.identity)))
 
 
 def _status(status: SvidStatus) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from hbone.certs._local_ca import DEFAULT_TTL
 from hbone.errors import CertificateUnavailable, HboneError, InvalidCertificate
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Set
 
     from hbone.certs._local_ca import LocalCA
     from hbone.identity import SpiffeIdentity
@@ -68,13 +68,16 @@ def local_ca_issuer(ca: LocalCA, *, ttl: timedelta = DEFAULT_TTL) -> Callable[[S
     """What a `SvidManager` needs in order to get its SVIDs from a `LocalCA`.
 
     Args:
-        ca: who signs; in less than a millisecond, so in the calling thread.
+        ca: who signs; in about a millisecond, so in the calling thread. One after the other, with room for others in
+            between: a thousand new workloads must not hold up the bytes of one.
         ttl: how long each SVID is valid.
     """
+    turn = trio.Lock()
 
     async def issue(identity: SpiffeIdentity) -> Svid:
-        await trio.lowlevel.checkpoint()
-        return ca.issue(identity, ttl=ttl)
+        async with turn:
+            await trio.lowlevel.checkpoint()
+            return ca.issue(identity, ttl=ttl)
 
     return issue
 
@@ -151,6 +154,10 @@ class _Entry:
     def tell(self) -> None:
         changed, self.changed = self.changed, trio.Event()
         changed.set()
+
+    @property
+    def unanswered(self) -> bool:
+        return self.svid is None and self.problem is None
 
     def usable(self, now: datetime) -> Svid | None:
         return self.svid if self.expires is not None and now <= self.expires else None
@@ -269,6 +276,7 @@ class SvidManager:
         self._now = now
         self._chance = chance
         self._entries: dict[SpiffeIdentity, _Entry] = {}
+        self._unanswered = 0
         self._queue = _Queue()
         self._wake = trio.Event()
         self._stopped = False
@@ -333,8 +341,18 @@ class SvidManager:
         urgency = _Urgency.NEW if entry.usable(self._now()) is None else _Urgency.RENEWAL
         self._schedule(entry, urgency, self._now())
 
+    @property
+    def identities(self) -> Set[SpiffeIdentity]:
+        """Those that are kept: what was wanted, and what was asked for since."""
+        return self._entries.keys()
+
+    @property
+    def unanswered(self) -> int:
+        """How many have been asked for, and have neither come nor failed yet."""
+        return self._unanswered
+
     def states(self) -> tuple[SvidStatus, ...]:
-        """Each identity, in the order in which they were first wanted."""
+        """Each identity, in the order in which they were first wanted. Takes time for as many as there are."""
         now = self._now()
         return tuple(entry.status(now) for entry in self._entries.values())
 
@@ -363,11 +381,13 @@ class SvidManager:
 
     def _add(self, identity: SpiffeIdentity) -> _Entry:
         entry = self._entries[identity] = _Entry(identity)
+        self._unanswered += 1
         self._schedule(entry, _Urgency.NEW, self._now())
         return entry
 
     def _forget(self, entry: _Entry) -> None:
         entry.forgotten = True
+        self._unanswered -= entry.unanswered
         self._queue.remove(entry)
         if entry.fetching is not None:
             entry.fetching.cancel()
@@ -410,6 +430,7 @@ class SvidManager:
         entry.fetching = None
         if entry.forgotten:
             return
+        self._unanswered -= entry.unanswered
         if svid is not None:
             self._take(entry, svid)
         else:

@@ -3,14 +3,14 @@
 The shape is ztunnel's, but for what does not exist here. No private keys are in it. The live connections, which
 ztunnel shows in shared mode only, are shown in both.
 
-Lists that can be long are iterators, for `hbone.admin.json_response`: a mesh of ten thousand workloads is never turned
-into JSON all at once. What is shown is one snapshot nevertheless.
+What can be long is made bit by bit, in iterators and a mapping for `hbone.admin.json_response`: a mesh of ten thousand
+workloads, or as many connections, are never turned into JSON all at once. What is shown is one snapshot nevertheless.
 """
 
 from __future__ import annotations
 
 import platform
-from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,8 +20,6 @@ from hbone.proxy._node_values import ListenAddress
 from hbone.routing import ILLEGAL_PORTS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
-
     from hbone.certs import SvidStatus
     from hbone.mesh import MeshSnapshot, ServiceEndpoint, Workload
     from hbone.proxy._connections import ShownConnection
@@ -37,7 +35,7 @@ def config_dump(
     config: NodeConfig,
     snapshot: MeshSnapshot,
     certificates: Iterable[SvidStatus],
-    served: Collection[Workload],
+    served: Iterable[Workload],
     inbound: Iterable[ShownConnection],
     outbound: Iterable[ShownConnection],
     up: bool,
@@ -101,34 +99,57 @@ def _endpoints(endpoints: Mapping[str, ServiceEndpoint]) -> Json:
 
 
 def workload_state_json(
-    served: Collection[Workload],
+    served: Iterable[Workload],
     inbound: Iterable[ShownConnection],
     outbound: Iterable[ShownConnection],
     *,
     up: bool,
-) -> Json:
+) -> Mapping[str, Json]:
     """The workloads of this node and their live connections. A connection that nobody owns (yet) is not shown."""
-    connections: dict[str, dict[str, list[Json]]] = defaultdict(lambda: {"inbound": [], "outbound": []})
-    workloads = {workload.uid: workload for workload in served}
-    for direction, shown in (("inbound", inbound), ("outbound", outbound)):
-        for connection in shown:
-            owner = connection.workload
-            if owner is not None:
-                # A workload that has left the mesh is shown as long as it has connections.
-                workloads.setdefault(owner.uid, owner)
-                connections[owner.uid][direction].append(_connection(connection))
-    return {
-        uid: {
-            **({"connections": connections[uid]} if uid in connections else {}),
+    return _WorkloadStates(served, inbound, outbound, up=up)
+
+
+class _WorkloadStates(Mapping[str, Json]):
+    """By uid; each is made when it is asked for."""
+
+    def __init__(
+        self,
+        served: Iterable[Workload],
+        inbound: Iterable[ShownConnection],
+        outbound: Iterable[ShownConnection],
+        *,
+        up: bool,
+    ) -> None:
+        self._state = "Up" if up else "Pending"
+        self._workloads = {workload.uid: workload for workload in served}
+        self._connections: dict[str, dict[str, list[ShownConnection]]] = {}
+        for direction, shown in (("inbound", inbound), ("outbound", outbound)):
+            for connection in shown:
+                owner = connection.workload
+                if owner is not None:
+                    # A workload that has left the mesh is shown as long as it has connections.
+                    self._workloads.setdefault(owner.uid, owner)
+                    lists = self._connections.setdefault(owner.uid, {"inbound": [], "outbound": []})
+                    lists[direction].append(connection)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._workloads)
+
+    def __len__(self) -> int:
+        return len(self._workloads)
+
+    def __getitem__(self, uid: str) -> Json:
+        workload, lists = self._workloads[uid], self._connections.get(uid)
+        connections = {} if lists is None else {"connections": {name: map(_connection, lists[name]) for name in lists}}
+        return {
+            **connections,
             "info": {
                 "name": workload.name,
                 "namespace": workload.namespace,
                 "serviceAccount": workload.service_account,
             },
-            "state": "Up" if up else "Pending",
+            "state": self._state,
         }
-        for uid, workload in workloads.items()
-    }
 
 
 def _connection(connection: ShownConnection) -> Json:

@@ -61,14 +61,14 @@ from hbone.routing import ILLEGAL_PORTS, Router, RoutingConfig
 from hbone.transport import listen_tcp, set_transparent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
     from types import TracebackType
 
     from hbone.admin import AdminRequest, AdminResponse, Handler, Levels, Route
     from hbone.certs import SvidStatus
     from hbone.control import FileMeshSource
     from hbone.identity import SpiffeIdentity
-    from hbone.mesh import MeshSnapshot, Workload
+    from hbone.mesh import MeshSnapshot
     from hbone.proxy._node_config import NodeConfig
     from hbone.proxy._node_values import ListenAddress
     from hbone.rbac import Verdict
@@ -81,6 +81,8 @@ _log: Final = logging.getLogger("hbone.proxy.node")
 _readiness_log: Final = logging.getLogger("hbone.readiness")
 
 _ADDRESSES_EVERY: Final = 10.0
+#: Looking for the addresses of ten thousand workloads must not become work without end.
+_ADDRESSES_REST: Final = 50
 #: A machine without IPv6 says one of these.
 _NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
 
@@ -188,8 +190,7 @@ class Node:
         self._say_what_it_was_told()
         await self._load_mesh()
         self._make_parts()
-        prepare = partial(self._authorizer.prepare, self.mesh.snapshot, self._context.local.served(), pause=_pause)
-        await trio.to_thread.run_sync(prepare)
+        await self._prepare(self.mesh.snapshot)
         async with AsyncExitStack() as stack:
             background = await stack.enter_async_context(_nursery())
             outbound = self._outbound = await stack.enter_async_context(NodeOutbound(self._context))
@@ -305,15 +306,17 @@ class Node:
             unsubscribe()
 
     async def _take(self, snapshot: MeshSnapshot) -> None:
-        served = self._local(MeshState(snapshot)).served()
-        prepare = partial(self._authorizer.prepare, snapshot, served, pause=_pause)
-        await trio.to_thread.run_sync(prepare)
-        await self._prefetch.look(served)
+        await self._prepare(snapshot)
         try:
             self.mesh.replace(snapshot)
         except ExceptionGroup:  # the snapshot is in force, and all others have been told
             _log.exception("a part of the node could not take the new mesh")
         _log.info("mesh changed", extra={"fields": _counts(snapshot)})
+
+    async def _prepare(self, snapshot: MeshSnapshot) -> None:
+        """Work out ahead, in a thread, what takes time in a large mesh."""
+        served = await self._prefetch.look(snapshot)
+        await trio.to_thread.run_sync(partial(self._authorizer.prepare, snapshot, served, pause=_pause))
 
     def _local(self, mesh: MeshState) -> LocalWorkloads:
         config = self.config
@@ -324,34 +327,40 @@ class Node:
             node=config.node_name,
         )
 
-    def _mesh_changed(self, _old: MeshSnapshot, _new: MeshSnapshot) -> None:
+    def _mesh_changed(self, _old: MeshSnapshot, new: MeshSnapshot) -> None:
         """Certificates for whom we serve now, pools for no others."""
-        served = self._context.local.served()
-        self._want(served)
-        self._outbound.retain(frozenset(identities_of(served)))
+        self._want(new)
+        self._outbound.retain(self._prefetch.identities(new))
 
-    def _want(self, served: Collection[Workload]) -> None:
-        wanted = self._prefetch.identities(served)
+    def _want(self, snapshot: MeshSnapshot) -> None:
+        wanted, kept = self._prefetch.ahead(snapshot), self._svids.identities
         # Those that were asked for by a connection are kept as long as they are served.
-        asked = {status.identity for status in self._svids.states()} - wanted
-        if asked:
-            wanted |= asked & identities_of(served)
-        self._svids.want(sorted(wanted, key=str))
+        asked = (kept - wanted) & self._prefetch.identities(snapshot)
+        if kept != wanted | asked:
+            self._svids.want(sorted(wanted | asked, key=str))
 
     async def _follow_addresses(self) -> None:
         """An address may come to this machine later than its workload to the mesh."""
+        pause = _ADDRESSES_EVERY
         while True:
-            await trio.sleep(_ADDRESSES_EVERY)
-            served = self._context.local.served()
-            await self._prefetch.look(served)
-            self._want(served)
+            await trio.sleep(pause)
+            began = trio.current_time()
+            snapshot = self.mesh.snapshot
+            await self._prefetch.look(snapshot)
+            if snapshot is self.mesh.snapshot:
+                self._want(snapshot)
+            pause = max(_ADDRESSES_EVERY, _ADDRESSES_REST * (trio.current_time() - began))
 
     # === parts ===
 
     def _make_parts(self) -> None:
         config = self.config
         self._authorizer = Authorizer()
-        self._prefetch = Prefetch(all_nodes=config.mode is ProxyMode.SHARED and config.node_name is None)
+        self._prefetch = Prefetch(
+            lambda snapshot: self._local(MeshState(snapshot)).served(),
+            all_nodes=config.mode is ProxyMode.SHARED and config.node_name is None,
+            pause=_pause,
+        )
         self._svids = SvidManager(self._issuer(), on_change=self._certificate_changed)
         connections = ConnectionTable(
             self.mesh,
@@ -380,12 +389,11 @@ class Node:
         self._plaintext = NodePlaintext(self._context)
 
     async def _run_parts(self, nursery: trio.Nursery) -> None:
-        served = self._context.local.served()
-        if not served:
+        snapshot = self.mesh.snapshot
+        if not self._context.local.served():
             whom = self.config.workload or (f"node {self.config.node_name}" if self.config.node_name else "any address")
             _log.warning("the mesh has no workload for this node: %s; nothing can be served until it has", whom)
-        await self._prefetch.look(served)
-        self._want(served)
+        self._want(snapshot)
         self.mesh.subscribe(self._mesh_changed)
         await nursery.start(self._svids.run)
         await nursery.start(self._context.connections.watch)
@@ -469,12 +477,14 @@ class Node:
 
     def _certificates_missing(self) -> bool:
         """Whether somebody has not been answered yet, or nobody got one."""
+        if self._svids.unanswered:
+            return True
         states = [status.state for status in self._svids.states()]
-        return SvidState.INITIALIZING in states or (bool(states) and SvidState.AVAILABLE not in states)
+        return bool(states) and SvidState.AVAILABLE not in states
 
     async def _wait_for_certificates(self) -> None:
         with trio.move_on_after(self.config.start_timeout):
-            while any(status.state is SvidState.INITIALIZING for status in self._svids.states()):
+            while self._svids.unanswered:
                 self._certificates_changed = trio.Event()
                 await self._certificates_changed.wait()
 

@@ -50,6 +50,7 @@ PIECE = bytes(256)
 IDLE = 500
 #: Every connection of the bench goes to one of these: one that stays allowed, and one that does not.
 STAYS, GOES = "10.200.0.1", "10.200.0.2"
+SECTIONS = ("workloads", "services", "policies")
 LISTENERS = ("outbound", "plaintext", "inbound", "socks5", "admin", "stats", "readiness")
 
 
@@ -114,12 +115,12 @@ class Mesh:
         if part:
             count = self._size[0] * part // 100
             text = text.replace("canonicalRevision: v1", "canonicalRevision: v9", max(1, count))
-        own = dict(zip(("workloads", "services", "policies"), sections(local_entries(self._port, forbidden=forbidden))))
-        return "".join(f"{name}:\n{own[name]}{rest}" for name, rest in zip(own, sections(text), strict=True))
+        parts = zip(sections(local_entries(self._port, forbidden=forbidden)), sections(text), strict=True)
+        return "".join(f"{name}:\n{own}{rest}" for name, (own, rest) in zip(SECTIONS, parts, strict=True))
 
 
 def sections(text: str) -> list[str]:
-    return re.split(r"^(?:workloads|services|policies):\n", text, flags=re.MULTILINE)[1:]
+    return re.split(f"^(?:{'|'.join(SECTIONS)}):\n", text, flags=re.MULTILINE)[1:]
 
 
 # === the node ===
@@ -199,8 +200,8 @@ class Node:
 
     def memory(self) -> tuple[float, float]:
         """What it has now, and the most since `forget_peak`, in MB."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return tuple(int(re.search(rf"^{name}:\s*(\d+)", status, re.MULTILINE)[1]) / 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[index,return-value]
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
+        return int(status["VmRSS"].split()[0]) / 1024, int(status["VmHWM"].split()[0]) / 1024
 
     def forget_peak(self) -> None:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
@@ -241,19 +242,19 @@ class Waiting:
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = tuple(pids)
-        self._files: dict[tuple[int, str], int] = {}
+        self._files: dict[Path, int] = {}
         self._looked = 0.0
-        self._last: dict[tuple[int, str], int] = {}
+        self._last: dict[Path, int] = {}
 
     def __call__(self) -> float:
         now = time.perf_counter()
         if now - self._looked > 0.05:
             self._looked = now
             for pid in self._pids:
-                for thread in os.listdir(f"/proc/{pid}/task"):
-                    if (pid, thread) not in self._files:
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    if thread not in self._files:
                         with contextlib.suppress(OSError):
-                            self._files[pid, thread] = os.open(f"/proc/{pid}/task/{thread}/schedstat", os.O_RDONLY)
+                            self._files[thread] = os.open(thread / "schedstat", os.O_RDONLY)
         for key, file in tuple(self._files.items()):
             try:
                 self._last[key] = int(os.pread(file, 100, 0).split()[1])
@@ -411,7 +412,7 @@ def application() -> Iterator[tuple[int, list[int]]]:
                 break
             end()
         groups = {app.pid for app in apps}
-        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal() and group_of(int(name)) in groups]
+        pids = [int(process.name) for process in Path("/proc").glob("[0-9]*") if group_of(int(process.name)) in groups]
         yield port, pids
     finally:
         end()
@@ -548,7 +549,7 @@ def main() -> None:
     parser.add_argument("--lookups", action="store_true", help="measure look-ups instead")
     parser.add_argument("--json", action="store_true", help="a JSON object")
     options = parser.parse_args()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as directory:
         found = lookups(Path(directory)) if options.lookups else reloads(options, Path(directory))

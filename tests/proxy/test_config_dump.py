@@ -155,9 +155,8 @@ def test_live_connections_both_ways():
     inbound = connection(one, source=source, original="web.example", actual=Endpoint.parse("10.0.0.1:80"))
     target = Authority.parse("web.example:80")
     outbound = connection(one, source=source, original=target, actual=target, protocol="DOUBLEHBONE")
-    state = workload_state_json(
-        (one, two), [inbound, connection(gone, protocol="TCP")], [outbound, connection(None)], up=True
-    )
+    lists = [inbound, connection(gone, protocol="TCP")], [outbound, connection(None)]
+    state = as_json(workload_state_json((one, two), *lists, up=True))
     assert state["one"] == {
         "connections": {
             "inbound": [
@@ -182,7 +181,7 @@ def test_live_connections_both_ways():
     }
     assert state["two"] == {"info": {"name": "two", "namespace": "shop", "serviceAccount": "default"}, "state": "Up"}
     assert state["gone"]["connections"]["inbound"][0]["protocol"] == "TCP"
-    assert workload_state_json((two,), (), (), up=False)["two"]["state"] == "Pending"
+    assert as_json(workload_state_json((two,), (), (), up=False))["two"]["state"] == "Pending"
 
 
 async def test_certificates_without_keys(nursery):
@@ -200,7 +199,7 @@ async def test_certificates_without_keys(nursery):
     waiting = SvidManager(local_ca_issuer(ca))
     waiting.want([known])
     assert [one["state"] for one in dump_certificates(waiting.states())] == ["Initializing"]
-    first, second = dump_certificates(manager.states())
+    first, second = as_json(dump_certificates(manager.states()))
     assert (first["identity"], first["certChain"], first["rootCerts"]) == (str(refused), [], [])
     assert first["state"].startswith("Unavailable: ")
     assert (second["identity"], second["state"]) == (str(known), "Available")
