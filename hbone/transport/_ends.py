@@ -12,10 +12,12 @@ from typing import Final
 
 import trio
 
-__all__ = ["LINGER", "RelayResult", "let_it_read", "reset_socket"]
+__all__ = ["LINGER", "RelayResult", "let_it_read", "reset_socket", "until_sent", "until_writable"]
 
-#: Seconds that an application gets to read the end of a download when its upload cannot go on.
+#: Seconds that an application gets to read on, before it is reset: it takes something in that time, or nothing more.
 _LET_READ: Final = 1.0
+#: Seconds between two looks at what the other side's kernel has taken: of that there is no event.
+_LOOK_AGAIN: Final = 0.001
 _READ_SIZE: Final = 256 * 1024
 #: SO_LINGER on, zero seconds: close() sends RST.
 LINGER: Final = struct.pack("ii", 1, 0)
@@ -59,6 +61,25 @@ async def let_it_read(sock: socket.socket) -> None:
                     pass
         if not _unsent(sock):
             return
+
+
+async def until_writable(sock: socket.socket) -> bool:
+    """Wait until it takes bytes again; False when it has not for so long that it gets no more."""
+    with trio.move_on_after(_LET_READ):
+        await trio.lowlevel.wait_writable(sock)
+        return True
+    return False
+
+
+async def until_sent(sock: socket.socket) -> None:
+    """A reset makes the kernel drop unsent output: wait until there is none, as long as it gets less."""
+    left, deadline, pause = _unsent(sock), trio.current_time() + _LET_READ, _LOOK_AGAIN
+    while left and trio.current_time() < deadline:
+        await trio.sleep(pause)
+        pause = min(2 * pause, _LET_READ / 20)
+        now = _unsent(sock)
+        if now < left:
+            left, deadline = now, trio.current_time() + _LET_READ
 
 
 def _unsent(sock: socket.socket) -> int:

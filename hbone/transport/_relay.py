@@ -16,7 +16,9 @@ round. While the network takes nothing the pump does not read.
 
 Each direction ends by itself: the socket's end of file becomes END_STREAM, END_STREAM becomes shutdown(SHUT_WR).
 Trouble goes through as trouble (RFC 9113 section 8.5): a broken socket becomes RST_STREAM(CONNECT_ERROR), a tunnel
-that was reset or whose session ended becomes a TCP reset. Never an end of file that was none.
+that was reset or whose session ended becomes a TCP reset. Never an end of file that was none. What the peer had sent
+before is not lost with that: the socket gets it first, as long as it takes it. Some peers reset what they have sent
+in full.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import trio
 from hbone.errors import HboneError, LocalProtocolError, TunnelReset
 from hbone.protocol import ErrorCode
 from hbone.protocol._frames import FRAME_HEADER_SIZE
-from hbone.transport._ends import LINGER, RelayResult, let_it_read, reset_socket
+from hbone.transport._ends import LINGER, RelayResult, let_it_read, reset_socket, until_sent, until_writable
 from hbone.transport._poller import READABLE, WRITABLE, Poller
 from hbone.transport._session import RECORD_PAYLOAD
 from hbone.transport._splice import relay_sockets
@@ -127,6 +129,7 @@ class Link:
         "_tunnel",
         "_waiter",
         "_watched",
+        "cut",
         "error",
         "from_socket",
         "linger",
@@ -150,6 +153,8 @@ class Link:
         """Bytes read from the socket and sent through the tunnel."""
         self.to_socket: int = 0
         """Bytes that the socket took."""
+        self.cut: bool = False
+        """The tunnel broke before the peer had ended its direction: the socket is reset behind what came."""
         self.linger: bool = False
         """The tunnel broke, or was half ended, and the application may still send: it must get its end first."""
         self.read_ended: bool = False
@@ -206,7 +211,10 @@ class Link:
         """Write what is left when the tunnel is over: by the relay's own task, as the pump ends with its session."""
         try:
             while self._pending:
-                await trio.lowlevel.wait_writable(self._sock)
+                if not self.cut:
+                    await trio.lowlevel.wait_writable(self._sock)
+                elif not await until_writable(self._sock):
+                    return
                 try:
                     sent = self._sock.send(self._pending)
                 except BlockingIOError:
@@ -216,7 +224,9 @@ class Link:
             if not self.write_ended and self._tunnel.eof_received:
                 self._sock.shutdown(socket.SHUT_WR)
                 self.write_ended = True
-            if self.linger and self.write_ended:
+            if self.cut:
+                await until_sent(self._sock)
+            elif self.linger and self.write_ended:
                 await let_it_read(self._sock)
         except OSError as exc:
             self.error = self.error or exc
@@ -349,17 +359,19 @@ class Link:
     # === ends ===
 
     def tunnel_ended(self, error: HboneError | None) -> None:
-        """The tunnel is over. With an error the socket is reset, and what it did not take is lost with it."""
+        """The tunnel is over. With an error the socket is reset, behind what has come for it."""
         if self._done:
             return
         if error is not None:
             self.error = error
             given_up = isinstance(error, TunnelReset) and not error.remote  # by us, because it must end now
-            if self._tunnel.eof_received and not given_up:
+            if given_up:
+                self._pending = None
+            elif self._tunnel.eof_received:
                 # All of the other direction has come: the socket gets it, and only then learns that nobody reads it.
                 self.linger = self.read_ended = True
             else:
-                self._pending = None
+                self.cut = True
             self._finish()
         elif self._pending is not None:
             self._finish()

@@ -561,6 +561,58 @@ async def test_a_slow_application_gets_the_tail_though_tunnel_and_session_are_go
         assert (results[0].error is None) == (how == "drained")
 
 
+@pytest.mark.wire("W-RST-3", "W-RST-4")
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("how", ["reset", "killed"])
+async def test_what_came_before_a_reset_comes_first(how: str, reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some peers reset what they have sent in full. An application that does not read does not keep it for ever."""
+    if not reads:
+        monkeypatch.setattr(_ends, "_LET_READ", 0.01)
+    async with memory_pair() as pair, trio.open_nursery() as nursery:
+        near, far = await pair.open()
+        app, sock = connected_pair()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        results: list[RelayResult] = []
+
+        async def run() -> None:
+            results.append(await relay(sock, near))
+
+        nursery.start_soon(run)
+        await far.send_all(DOWN * 4)
+        await trio.testing.wait_all_tasks_blocked()
+        if how == "reset":
+            far.abort()
+        else:
+            pair.far_session.kill()
+        with trio.fail_after(WAIT):
+            if reads:
+                while near.reset_error is None:
+                    await trio.sleep(0.001)
+                assert await receive_exactly(app, len(DOWN * 4)) == DOWN * 4
+            while not results:
+                await trio.sleep(0.001)
+            await expect_reset(app)
+        assert isinstance(results[0].error, TunnelReset if how == "reset" else SessionClosed)
+        assert (results[0].bytes_down == len(DOWN * 4)) is reads
+
+
+async def test_what_came_before_a_reset_is_of_no_use_to_who_has_gone() -> None:
+    async with memory_pair() as pair, trio.open_nursery() as nursery:
+        near, far = await pair.open()
+        app, sock = connected_pair()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        nursery.start_soon(relay, sock, near)
+        await far.send_all(DOWN * 4)
+        await trio.testing.wait_all_tasks_blocked()
+        far.abort()
+        with trio.fail_after(WAIT):
+            while near.reset_error is None:
+                await trio.sleep(0.001)
+            reset(app)
+            while sock.fileno() != -1:
+                await trio.sleep(0.001)
+
+
 @pytest.mark.parametrize("slow", [False, True])
 async def test_what_we_give_up_ends_at_once(slow: bool) -> None:
     """Whoever resets a tunnel on this side wants its relay to end, whatever the application has not got yet."""
