@@ -27,7 +27,7 @@ __all__ = ["command"]
 
 _SIZE: Final = 256
 _MIB: Final = 1 << 20
-_LOG_LINES: Final = 3
+_LOG_ERRORS: Final = 3
 
 
 @click.command(
@@ -39,10 +39,11 @@ _LOG_LINES: Final = 3
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of words.")
 @click.option("--size", type=click.IntRange(1, 65536), default=_SIZE, hidden=True, help="MiB of each bulk transfer.")
 def command(*, keep: bool, as_json: bool, size: int) -> int:
-    """Start two nodes and an application on free ports, send real traffic through the tunnel, show what happened.
+    """Start two nodes and an application on free ports, send real traffic through the mesh, show what happened.
 
-    Each node is a process with an outbound and an inbound proxy, and has a SPIFFE identity from a CA that is thrown
-    away in the end. Needs no root, no network and no mesh. The exit code is 0 only if each step did what it should.
+    Each node is "hbone node" with a mesh file and a SPIFFE identity, from a CA that is thrown away in the end. The
+    client asks for a service, and reaches it over HBONE as far as policy lets it. Needs no root, no network and no
+    cluster. The exit code is 0 only if each step did what it should.
     """
     from hbone_cli._demo_steps import Demo, DemoFailed
 
@@ -105,6 +106,7 @@ class _Json:
             "counters": demo.counters,
             "access_log": demo.access_log,
             "ports": demo.ports,
+            "mesh": str(demo.mesh_file),
         }
         click.echo(json.dumps(document, indent=2))
 
@@ -145,16 +147,16 @@ class _People:
         for line in (
             "",
             "    client",
-            f"      {self._line} TCP",
+            f"      {self._line} {route.service}, by SOCKS5 or HTTP CONNECT",
             f"      {self._arrow}",
-            f"    node a, outbound {route.outbound:<17} {route.source}",
+            f"    node a       {route.outbound:<17} {route.source}",
             f"      {self._double} HBONE: HTTP/2 CONNECT {route.application}, in {route.tls_version}",
             f"      {self._double} {how}",
             f"      {self._arrow}",
-            f"    node b, inbound  {route.inbound:<17} {route.destination}",
+            f"    node b       {route.inbound:<17} {route.destination}",
             f"      {self._line} TCP",
             f"      {self._arrow}",
-            f"    application      {route.application}",
+            f"    application  {route.application}",
             "",
         ):
             self._say(line)
@@ -175,23 +177,33 @@ class _People:
         self._say(f"All of it worked, in {seconds:.1f} s.", style="bold")
 
     def invite(self, demo: Demo) -> None:
-        a, b, app = demo.ports["a"], demo.ports["b"], demo.ports["app"]["port"]
+        from hbone_cli._demo_steps import HOSTNAME, VIP
+
+        a, b = demo.ports["a"], demo.ports["b"]
+        curl = f"curl -x socks5h://127.0.0.1:{a['socks']}"
         self._say()
-        self._say("It goes on running. In another terminal, all through the tunnel:")
+        self._say("It goes on running. In another terminal, to the application through the mesh:")
         self._say()
         for line in (
-            f"curl http://127.0.0.1:{a['forward']}/",
-            f"curl -x socks5h://127.0.0.1:{a['socks']} http://127.0.0.1:{app}/",
-            f"curl -p -x http://127.0.0.1:{a['http_proxy']} http://127.0.0.1:{app}/",
-            f"curl -o /dev/null http://127.0.0.1:{a['forward']}/bytes/1000000000",
-            f"curl -T {sys.executable} http://127.0.0.1:{a['forward']}/upload    # says its SHA-256",
-            "",
-            f"curl http://127.0.0.1:{a['admin']}/metrics    # node a",
-            f"curl http://127.0.0.1:{b['admin']}/metrics    # node b",
+            f"{curl} http://{HOSTNAME}/",
+            f"{curl} http://{VIP}/",
+            f"curl -p -x http://127.0.0.1:{a['http_proxy']} http://{HOSTNAME}/",
+            f"{curl} -o /dev/null http://{HOSTNAME}/bytes/1000000000",
+            f"{curl} -T {sys.executable} http://{HOSTNAME}/upload    # says its SHA-256",
         ):
-            self._say(f"  {line}" if line else "")
+            self._say(f"  {line}")
         self._say()
-        self._say("The access logs of both nodes follow. Ctrl-C ends it.")
+        self._say("What the nodes know and count (a, then b):")
+        self._say()
+        for node in (a, b):
+            self._say(f"  curl localhost:{node['admin']}/config_dump | jq .workloads")
+            self._say(f"  curl localhost:{node['stats']}/metrics")
+        self._say()
+        self._say("The mesh, which may be changed while connections are open:")
+        self._say()
+        self._say(f"  {demo.mesh_file}")
+        self._say()
+        self._say("The logs of both nodes follow. Ctrl-C ends it.")
         self._live = True
 
     def leaves(self) -> None:
@@ -202,14 +214,13 @@ class _People:
         for node, lines in demo.access_log.items():
             self._say()
             self._say(f"Access log of {node}:", style="bold")
-            last = lines[-1:] if len(lines) > _LOG_LINES else []
-            left_out = len(lines) - _LOG_LINES - len(last)
-            for line in lines[:_LOG_LINES]:
-                self._say(f"  {line.expandtabs(1)}")
-            if left_out > 0:
-                self._say(f"  ... {left_out} more", style="dim")
-            for line in last:
-                self._say(f"  {line.expandtabs(1)}")
+            shown = [0, *[at for at, line in enumerate(lines) if "error=" in line][:_LOG_ERRORS], len(lines) - 1]
+            before = -1
+            for at in sorted(set(shown)):
+                if at > before + 1:
+                    self._say(f"  ... {at - before - 1} more", style="dim")
+                self._say(f"  {lines[at].expandtabs(1)}")
+                before = at
 
     def _counters(self, counters: dict[str, dict[str, int]]) -> None:
         self._say()

@@ -1,4 +1,4 @@
-"""Child processes that talk in JSON lines and do not outlive us.
+"""Child processes that say in JSON lines what happens, write a log, and do not outlive us.
 
 Each has a process group of its own, so that a Ctrl-C on the terminal is ours alone to deal with, and a pipe of ours as
 its standard input, whose end tells it to leave: also when we are killed.
@@ -11,13 +11,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
     from types import TracebackType
 
 __all__ = ["Child", "ChildFailed"]
@@ -25,6 +25,7 @@ __all__ = ["Child", "ChildFailed"]
 #: Seconds for a child to leave by itself.
 _LEAVE: Final = 4.0
 _TAIL: Final = 2000
+_ACCESS: Final = "\taccess\t"
 
 
 class ChildFailed(Exception):
@@ -32,16 +33,16 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """One ``hbone demo-node``, from `__init__` to `close`.
+    """A process of the demo, from `__init__` to `close`. It loads what it needs and waits for what `run` tells it.
 
     Args:
         name: for messages.
         what: ``node`` or ``app``.
-        on_line: called, in a thread, with each line of its access log.
+        on_line: called, in a thread, with each line of its log.
 
     Attributes:
         lines: of its access log.
-        notes: what its library has logged.
+        notes: all other lines of its log.
     """
 
     def __init__(self, name: str, what: str, on_line: Callable[[str], None] | None = None) -> None:
@@ -49,64 +50,74 @@ class Child:
         self.lines: list[str] = []
         self.notes: list[str] = []
         self._on_line = on_line
-        self._facts: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
+        self._words: list[str] = []
         self._news = threading.Condition()
-        self._ended = False
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hbone_cli", "demo-node", what],
+            [sys.executable, "-m", "hbone_cli._demo_guard", what],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=subprocess.PIPE,
             process_group=0,
         )
-        self._reader = threading.Thread(target=self._read, name=f"demo {name}", daemon=True)
-        self._reader.start()
+        self._streams = (self._process.stdout, self._process.stderr)
+        self._open = len(self._streams)
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, hear), name=f"demo {name}", daemon=True)
+            for stream, hear in zip(self._streams, (self._hear_log, self._hear_event), strict=True)
+        ]
+        for reader in self._readers:
+            reader.start()
 
     @property
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
 
-    def tell(self, **order: object) -> None:
-        """Send an order.
+    def run(self, directory: Path, *words: str) -> None:
+        """Let it do something in a directory: the words of a command.
 
         Raises:
             ChildFailed: it is gone.
         """
         assert self._process.stdin is not None
+        order = {"directory": str(directory), "words": words}
         try:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise self._failure("has ended") from None
 
-    def hear(self, timeout: float = 30.0) -> dict[str, Any]:
-        """The next thing that it says of itself.
+    def address(self, way: str, timeout: float = 30.0) -> str:
+        """Where it listens, as soon as it does.
 
         Raises:
-            ChildFailed: it ended instead, or took too long.
+            ChildFailed: it ended instead, or took too long. The same for all that wait.
         """
-        self._wait(lambda: bool(self._facts), timeout, "did not start")
-        return self._facts.pop(0)
+
+        def said() -> list[str]:
+            return [event["address"] for event in self._events if event.get("way") == way]
+
+        self._wait(lambda: bool(said()), timeout, "did not start")
+        return said()[0]
+
+    def wait_ready(self, timeout: float = 30.0) -> None:
+        """Wait until it says so."""
+        self._wait(lambda: {"event": "ready"} in self._events, timeout, "was not ready")
 
     def wait_lines(self, count: int, timeout: float = 30.0) -> list[str]:
-        """Wait until there are so many lines of its access log; gives all of them.
-
-        Raises:
-            ChildFailed: it ended instead, or took too long.
-        """
+        """Wait until there are so many lines of its access log; gives all of them."""
         self._wait(lambda: len(self.lines) >= count, timeout, f"wrote fewer than {count} lines of access log")
         return list(self.lines)
 
-    def wait_note(self, timeout: float = 30.0) -> str:
-        """Wait for something in the log of its library; gives the last of it.
+    def wait_note(self, words: str, count: int = 1, timeout: float = 30.0) -> str:
+        """Wait for so many lines of its log that have these words; gives the last of them."""
 
-        Raises:
-            ChildFailed: it ended instead, or took too long.
-        """
-        self._wait(lambda: bool(self.notes), timeout, "logged nothing")
-        return self.notes[-1]
+        def said() -> list[str]:
+            return [note for note in self.notes if words in note]
+
+        self._wait(lambda: len(said()) >= count, timeout, f"logged no {words!r}")
+        return said()[-1]
 
     def close_soon(self) -> None:
         """Tell it to leave."""
@@ -127,10 +138,10 @@ class Child:
             except ProcessLookupError:
                 pass
             self._process.wait()
-        self._reader.join(_LEAVE)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._errors.close()
+        for reader, stream in zip(self._readers, self._streams, strict=True):
+            reader.join(_LEAVE)
+            assert stream is not None
+            stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,38 +151,42 @@ class Child:
     ) -> None:
         self.close()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for raw in self._process.stdout:
+    def _read(self, stream: IO[bytes], hear: Callable[[str], None]) -> None:
+        for raw in stream:
             line = raw.decode("utf-8", "replace").rstrip("\n")
-            facts = json.loads(line) if line.startswith("{") else None
             with self._news:
-                if facts is None:
-                    self.lines.append(line)
-                elif "log" in facts:
-                    self.notes.append(facts["log"])
-                else:
-                    self._facts.append(facts)
+                hear(line)
                 self._news.notify_all()
-            if self._on_line is not None and facts is None:
+            if self._on_line is not None and stream is self._process.stdout:
                 self._on_line(line)
         with self._news:
-            self._ended = True
+            self._open -= 1
             self._news.notify_all()
+
+    def _hear_log(self, line: str) -> None:
+        (self.lines if _ACCESS in line else self.notes).append(line)
+
+    def _hear_event(self, line: str) -> None:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = {"message": line}
+        self._events.append(event)
+        if "message" in event:
+            self._words += event.get("messages", [event["message"]])
 
     def _wait(self, happened: Callable[[], bool], timeout: float, otherwise: str) -> None:
         deadline = time.monotonic() + timeout
         with self._news:
             while not happened():
                 left = deadline - time.monotonic()
-                if self._ended or left <= 0:
+                if not self._open or left <= 0:
                     break
                 self._news.wait(left)
             else:
                 return
-        raise self._failure("has ended" if self._ended else f"{otherwise} within {timeout:g} s")
+        raise self._failure(f"{otherwise} within {timeout:g} s" if self._open else "has ended")
 
     def _failure(self, what: str) -> ChildFailed:
-        # pread: the child writes where our common file position is.
-        said = os.pread(self._errors.fileno(), 1 << 20, 0).decode("utf-8", "replace").strip()[-_TAIL:]
+        said = "\n".join(self._words)[-_TAIL:]
         return ChildFailed(f"{self.name} {what}" + (f"; it said:\n{said}" if said else ""))

@@ -2,7 +2,10 @@
 
 ::
 
-    client ── TCP ──▶ node a, outbound ══ HBONE, mutual TLS ══▶ node b, inbound ── TCP ──▶ application
+    client ── SOCKS5, HTTP CONNECT ──▶ node a ══ HBONE, mutual TLS ══▶ node b ── TCP ──▶ application
+
+Both nodes are ``hbone node``, and know of each other what the mesh file says. The client names a service, never a node
+or the application.
 """
 
 from __future__ import annotations
@@ -21,27 +24,85 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from hbone_cli._demo_app import pattern
 from hbone_cli._demo_children import Child, ChildFailed
-from hbone_cli._demo_node import pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hbone import LocalCA, Svid
 
-__all__ = ["CONNECTIONS", "Demo", "DemoFailed", "Route", "Show", "Step"]
+__all__ = ["CONNECTIONS", "HOSTNAME", "TUNNELS", "VIP", "Demo", "DemoFailed", "Route", "Show", "Step"]
 
 #: How many connections are opened and closed.
 CONNECTIONS: Final = 200
+#: How many there are by way of both nodes: two requests, two transfers, one that policy closes and one after that.
+TUNNELS: Final = CONNECTIONS + 6
+
+HOSTNAME: Final = "web.shop.svc.cluster.local"
+#: Nobody listens there: it is a name, too.
+VIP: Final = "10.96.0.80"
 
 _LOOPBACK: Final = "127.0.0.1"
+#: Where the application and its node are: not where the client is, so that the nodes can tell them apart. Not every
+#: system has more than one IPv4 loopback address.
+_ADDRESSES: Final = ("127.0.0.2", _LOOPBACK)
 _DOMAIN: Final = "spiffe://cluster.local/ns"
 A: Final = f"{_DOMAIN}/shop/sa/cart"
 B: Final = f"{_DOMAIN}/shop/sa/web"
 STRANGER: Final = f"{_DOMAIN}/bank/sa/teller"
 
+_MESH: Final = """\
+# The mesh of this demo: both nodes read it, and take over what changes.
+workloads:
+- name: cart-0
+  namespace: shop
+  serviceAccount: cart
+  workloadIps: ["127.0.0.1"]
+  protocol: HBONE
+  workloadName: cart
+  workloadType: deployment
+  services: {{}}
+- name: web-0
+  namespace: shop
+  serviceAccount: web
+  workloadIps: ["{host}"]
+  protocol: HBONE
+  workloadName: web
+  workloadType: deployment
+  services:
+    shop/{hostname}: {{80: {port}}}
+
+services:
+- name: web
+  namespace: shop
+  hostname: {hostname}
+  vips: ["/{vip}"]
+  ports: {{80: {port}}}
+
+policies:
+- name: not-the-bank
+  namespace: shop
+  scope: Namespace
+  action: Deny
+  dryRun: false
+  rules:
+  - - - namespaces: [!Exact bank]
+"""
+_CLOSED: Final = """
+- name: closed-today
+  namespace: shop
+  scope: Namespace
+  action: Deny
+  dryRun: false
+  rules:
+  - - - notPrincipals: [!Exact cluster.local/ns/shop/sa/nobody]
+"""
+
 #: Seconds without any progress after which a step has failed.
 _PATIENCE: Final = 20.0
+#: Seconds in which the last tunnels close, before we believe the counters.
+_SETTLE: Final = 20.0
 _READ: Final = 1 << 20
 
 
@@ -80,6 +141,7 @@ class Step:
 class Route:
     """The way of a byte, with the facts of the live session."""
 
+    service: str
     outbound: str
     inbound: str
     application: str
@@ -135,6 +197,8 @@ class Demo:
         self.b: Child
         self.app: Child
         self.ports: dict[str, dict[str, int]] = {}
+        self.mesh_file: Path
+        self._host = ""
 
     def __enter__(self) -> Demo:
         return self
@@ -165,8 +229,9 @@ class Demo:
             self._upload(digesting)
             self._download()
             self._connections()
-            self._not_allowed()
+            self._denied()
             self._foreign()
+            self._change()
             self._count()
         except DemoFailed:
             raise
@@ -215,48 +280,89 @@ class Demo:
 
             from hbone import LocalCA
 
-            directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="hbone-demo-")))
+            directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="hbone-demo-"))).resolve()
             self._ca = LocalCA.create(directory / "ca")
             self._foreign_ca = LocalCA.in_memory()
-            app = self.app.hear()["port"]
-            ca = str(directory / "ca")
-            self.b.tell(ca=ca, identity=B, targets=[f"{_LOOPBACK}/32:{app}"], peers=[A])
-            self.a.tell(ca=ca, identity=A, targets=[], peers=[B])
-            a, b = self.a.hear(), self.b.hear()
-            target = f"{_LOOPBACK}:{app}"
-            self.a.tell(via=f"{_LOOPBACK}:{b['inbound']}", expect=B, target=target)
-            self.b.tell(via=f"{_LOOPBACK}:{a['inbound']}", expect=A, target=target)
-            self.ports = {"app": {"port": app}, "a": a | self.a.hear(), "b": b | self.b.hear()}
+            self._host = _own_address()
+            self.app.run(directory, "app", self._host)
+            app = _port(self.app.address("app"))
+            self.mesh_file = directory / "mesh.yaml"
+            mesh = _MESH.format(host=self._host, port=app, hostname=HOSTNAME, vip=VIP)
+            self._write_mesh(mesh)
+            b = ("--inbound", f"{self._host}:0", "--socks5", "off")
+            self.b.run(directory, *_node("shop/web-0/web"), *b)
+            hbone = _port(self.b.address("inbound"))
+            a = (
+                "--inbound",
+                "off",
+                "--hbone-port",
+                str(hbone),
+                "--socks5",
+                "127.0.0.1:0",
+                "--http-proxy",
+                "127.0.0.1:0",
+            )
+            self.a.run(directory, *_node("shop/cart-0/cart"), *a)
+            self.ports = {
+                "app": {"port": app},
+                "a": {
+                    "socks": _port(self.a.address("socks5")),
+                    "http_proxy": _port(self.a.address("http proxy")),
+                    "admin": _port(self.a.address("admin")),
+                    "stats": _port(self.a.address("stats")),
+                },
+                "b": {
+                    "inbound": hbone,
+                    "admin": _port(self.b.address("admin")),
+                    "stats": _port(self.b.address("stats")),
+                },
+            }
+            self.a.wait_ready()
+            self.b.wait_ready()
             seconds = time.monotonic() - began
             self._done("start", f"{seconds:.1f} s", seconds=round(seconds, 3))
 
+    def _write_mesh(self, text: str) -> None:
+        # Renamed, so that nobody reads half of it.
+        new = self.mesh_file.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.mesh_file)
+
     def _request(self) -> None:
-        with self._doing("an HTTP request"), self._connection() as connection:
+        with self._doing(f"a request to {HOSTNAME}, and one to its address {VIP}"):
             began = time.monotonic()
-            connection.request("GET", "/")
-            answer = connection.getresponse()
-            text = answer.read().decode().strip()
+            for host in (HOSTNAME, VIP):
+                with self._connection(host) as connection:
+                    text = self._greeting(connection)
             seconds = time.monotonic() - began
-            self._check(answer.status == 200, f"status {answer.status} instead of 200: {text}")
-            self._check(text.startswith("hello from the application"), f"this is not our application's answer: {text}")
-        self._logged(1, 1)
-        self._done("request", f'200 "{text}"', status=200, seconds=round(seconds, 4))
+        self._logged(2, 2)
+        self._done("request", f'200 "{text}"', status=200, seconds=round(seconds, 4), hosts=[HOSTNAME, VIP])
+
+    def _greeting(self, connection: http.client.HTTPConnection) -> str:
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        text = answer.read().decode().strip()
+        self._check(answer.status == 200, f"status {answer.status} instead of 200: {text}")
+        self._check(text.startswith("hello from the application"), f"this is not our application's answer: {text}")
+        return text
 
     def _look_at_the_session(self) -> None:
         """Not a step of its own: a session stays open when its tunnels have ended."""
-        (session,) = self._get_json("b", "/sessions")
-        self._check(session["peer"] == A, f"node b sees {session['peer']}, not {A}")
+        (session,) = json.loads(self._get("b", "admin", "/debug/sessions"))["inbound"]
+        peer = session["peer"]
+        self._check(peer["identity"] == A, f"node b sees {peer['identity']}, not {A}")
         line = self.a.lines[-1]
         self._check(f'dst.identity="{B}"' in line, f"node a did not see {B}: {line}")
         self.route = Route(
-            outbound=f"{_LOOPBACK}:{self.ports['a']['forward']}",
-            inbound=f"{_LOOPBACK}:{self.ports['b']['inbound']}",
-            application=f"{_LOOPBACK}:{self.ports['app']['port']}",
-            source=session["peer"],
+            service=f"{HOSTNAME}:80",
+            outbound=f"{_LOOPBACK}:{self.ports['a']['socks']}",
+            inbound=f"{self._host}:{self.ports['b']['inbound']}",
+            application=self._application,
+            source=peer["identity"],
             destination=B,
-            tls_version=session["tls_version"],
-            group=session["group"],
-            cipher=session["cipher"],
+            tls_version=peer["tls"],
+            group=peer["group"],
+            cipher=peer["cipher"],
         )
         self._show.route(self.route)
 
@@ -278,7 +384,7 @@ class Demo:
             self._check(answer.status == 200, f"status {answer.status} instead of 200: {digest}")
             digesting.join()
             self._compare(digest)
-        self._logged(2, 2)
+        self._logged(3, 3)
         self._transferred("upload", seconds)
 
     def _download(self) -> None:
@@ -295,7 +401,7 @@ class Demo:
             seconds = time.monotonic() - began
             self._check(received == self._size, f"{received} bytes came instead of {self._size}")
             self._compare(digest.hexdigest())
-        self._logged(3, 3)
+        self._logged(4, 4)
         self._transferred("download", seconds)
 
     def _compare(self, digest: str) -> None:
@@ -314,15 +420,16 @@ class Demo:
 
     def _connections(self) -> None:
         with self._doing(f"{CONNECTIONS} connections, one after the other"):
-            ask = b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
+            ask = f"GET / HTTP/1.1\r\nHost: {HOSTNAME}\r\nConnection: close\r\n\r\n".encode()
             began = time.monotonic()
             for number in range(1, CONNECTIONS + 1):
-                with socket.create_connection((_LOOPBACK, self.ports["a"]["forward"]), _PATIENCE) as sock:
-                    sock.sendall(ask)
-                    answer = b"".join(iter(lambda: sock.recv(4096), b""))
+                with self._connection() as connection:
+                    connection.connect()
+                    connection.sock.sendall(ask)
+                    answer = b"".join(iter(lambda sock=connection.sock: sock.recv(4096), b""))  # type: ignore[misc]
                 self._check(answer.startswith(b"HTTP/1.1 200 "), f"connection {number}: {answer[:100]!r}")
             seconds = time.monotonic() - began
-        self._logged(3 + CONNECTIONS, 3 + CONNECTIONS)
+        self._logged(4 + CONNECTIONS, 4 + CONNECTIONS)
         rate = CONNECTIONS / seconds
         self._done(
             "connections",
@@ -332,14 +439,22 @@ class Demo:
             per_second=round(rate, 1),
         )
 
-    def _not_allowed(self) -> None:
+    def _denied(self) -> None:
         from hbone import PolicyDenied
 
-        with self._doing(f"a request from {_short(STRANGER)}, who is not allowed"):
+        with self._doing(f"a request from {_short(STRANGER)}, which policy denies"):
             refusal = self._ask_for_a_tunnel(self._ca.issue(STRANGER), PolicyDenied)
-        line = self._logged(3 + CONNECTIONS, 4 + CONNECTIONS)
-        self._check("status=401" in line and STRANGER in line, f"node b's log does not say so: {line}")
-        self._done("not_allowed", f"refused by node b: {refusal}", status=401, error=str(refusal), log=line)
+        line = self._logged(4 + CONNECTIONS, 5 + CONNECTIONS)
+        why = _error(line)
+        self._check(why.endswith(": shop/not-the-bank") and STRANGER in line, f"node b's log does not say so: {line}")
+        self._done(
+            "denied",
+            f"refused by node b, status 401: {_short_reason(why)}",
+            status=401,
+            error=str(refusal),
+            reason=why,
+            log=line,
+        )
 
     def _foreign(self) -> None:
         from hbone import IdentityRefused
@@ -348,8 +463,35 @@ class Demo:
             # It trusts our root, so that it is node b who has to find out.
             foreign = dataclasses.replace(self._foreign_ca.issue(A), bundles={self._ca.trust_domain: self._ca.roots})
             refusal = self._ask_for_a_tunnel(foreign, IdentityRefused)
-        why = re.sub(r"^no session with \S+: ", "", self.b.wait_note())
-        self._done("foreign", f"refused by node b: {why}", error=str(refusal), log=why)
+        line = self.b.wait_note("no session with")
+        why = line.partition(": ")[2].strip()
+        self._done("foreign", f"refused by node b: {why}", error=str(refusal), log=line)
+
+    def _change(self) -> None:
+        """A connection is open when a policy comes that denies it; then that policy goes."""
+        with self._doing("a policy is added to the mesh file while a connection is open"):
+            mesh = self.mesh_file.read_text()
+            with self._connection() as connection:
+                self._greeting(connection)
+                began = time.monotonic()
+                self._write_mesh(mesh + _CLOSED)
+                try:
+                    self._check(connection.sock.recv(1) == b"", "bytes came that nobody had asked for")
+                except ConnectionResetError:
+                    pass
+                except TimeoutError:
+                    raise DemoFailed(self._step, f"the connection stayed open for {_PATIENCE:g} s") from None
+                seconds = time.monotonic() - began
+            line = self._logged(5 + CONNECTIONS, 6 + CONNECTIONS)
+            why = _error(line)
+            self._check(why.endswith(": shop/closed-today"), f"node b's log does not say so: {line}")
+            self._write_mesh(mesh)
+            self.b.wait_note("mesh changed", 2)
+            with self._connection() as connection:
+                self._greeting(connection)
+        self._logged(6 + CONNECTIONS, 7 + CONNECTIONS)
+        result = f"closed after {seconds:.2f} s: {_short_reason(why)}; without it all is as before"
+        self._done("change", result, seconds=round(seconds, 3), reason=why, log=line)
 
     def _ask_for_a_tunnel(self, svid: Svid, refusal: type[Exception]) -> Exception:
         import trio
@@ -359,8 +501,8 @@ class Demo:
         async def ask() -> None:
             with trio.fail_after(_PATIENCE):
                 async with (
-                    HBONEClient.connect(_LOOPBACK, self.ports["b"]["inbound"], svid=svid, expect=B) as client,
-                    await client.open_tunnel(f"{_LOOPBACK}:{self.ports['app']['port']}"),
+                    HBONEClient.connect(self._host, self.ports["b"]["inbound"], svid=svid, expect=B) as client,
+                    await client.open_tunnel(self._application),
                 ):
                     pass
 
@@ -374,21 +516,20 @@ class Demo:
 
     def _count(self) -> None:
         with self._doing("the counters of both nodes"):
-            total = 3 + CONNECTIONS
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + _SETTLE
             while True:
                 a, b = self._counters("a", "source", "client"), self._counters("b", "destination", "server")
                 self.counters = {"node a": a, "node b": b}
                 wrong = [
                     f"{where}: {name} is {values[name]}, not {wanted}"
-                    for where, values in self.counters.items()
+                    for where, values, denied in (("node a", a, 0), ("node b", b, 1))
                     for name, wanted in (
-                        ("connections opened", total),
-                        ("connections closed", total),
-                        ("connections failed", 0),
+                        ("connections opened", TUNNELS + denied),
+                        ("connections closed", TUNNELS + denied),
+                        ("closed by policy", denied + (1 if values is b else 0)),
                         ("tunnels open", 0),
-                        ("tunnels refused (401)", 1 if values is b else 0),
-                        ("handshakes failed", 1 if values is b else 0),
+                        ("tunnels refused (401)", denied),
+                        ("handshakes failed", denied),
                     )
                     if values[name] != wanted
                 ]
@@ -399,12 +540,16 @@ class Demo:
                 ]
                 if not wrong:
                     break
-                if time.monotonic() > deadline:  # the last tunnels may still be closing
+                if time.monotonic() > deadline:
                     raise DemoFailed(self._step, "; ".join(wrong))
                 time.sleep(0.05)
         self._done("counters", "they add up, and agree")
 
     # === helpers ===
+
+    @property
+    def _application(self) -> str:
+        return f"{self._host}:{self.ports['app']['port']}"
 
     def _logged(self, at_a: int, at_b: int) -> str:
         """Wait for the access log; the last line of node b."""
@@ -412,16 +557,17 @@ class Demo:
         return self.b.wait_lines(at_b)[-1]
 
     @contextmanager
-    def _connection(self) -> Iterator[http.client.HTTPConnection]:
+    def _connection(self, host: str = HOSTNAME) -> Iterator[http.client.HTTPConnection]:
         # Not urllib: it would use a proxy of the environment's.
-        connection = http.client.HTTPConnection(_LOOPBACK, self.ports["a"]["forward"], timeout=_PATIENCE)
+        connection = http.client.HTTPConnection(_LOOPBACK, self.ports["a"]["http_proxy"], timeout=_PATIENCE)
+        connection.set_tunnel(host, 80)
         try:
             yield connection
         finally:
             connection.close()
 
-    def _get(self, node: str, path: str) -> str:
-        connection = http.client.HTTPConnection(_LOOPBACK, self.ports[node]["admin"], timeout=_PATIENCE)
+    def _get(self, node: str, listener: str, path: str) -> str:
+        connection = http.client.HTTPConnection(_LOOPBACK, self.ports[node][listener], timeout=_PATIENCE)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -431,11 +577,8 @@ class Demo:
         finally:
             connection.close()
 
-    def _get_json(self, node: str, path: str) -> Any:
-        return json.loads(self._get(node, path))
-
     def _counters(self, node: str, reporter: str, role: str) -> dict[str, int]:
-        scrape = self._get(node, "/metrics")
+        scrape = self._get(node, "stats", "/metrics")
 
         def total(name: str, **labels: str) -> int:
             lines = re.findall(rf"^{name}(?:\{{(.*)\}})? (\S+)$", scrape, re.MULTILINE)
@@ -445,7 +588,7 @@ class Demo:
         return {
             "connections opened": total("istio_tcp_connections_opened_total", reporter=reporter),
             "connections closed": total("istio_tcp_connections_closed_total", reporter=reporter),
-            "connections failed": total("istio_tcp_connections_failed_total", reporter=reporter),
+            "closed by policy": total("istio_tcp_connections_closed_total", reporter=reporter, response_flags="DENY"),
             "bytes up": total("istio_tcp_received_bytes_total", reporter=reporter),
             "bytes down": total("istio_tcp_sent_bytes_total", reporter=reporter),
             "sessions opened": total("hbone_handshake_duration_seconds_count", role=role),
@@ -473,6 +616,42 @@ class _Together:
             child.close_soon()
         for child in self._children:
             child.close()
+
+
+def _node(workload: str) -> tuple[str, ...]:
+    """A node for one workload, on free ports."""
+    return (
+        *("node", "--json", "--mesh", "mesh.yaml", "--mesh-interval", "100ms", "--fake-ca", "--ca-dir", "ca"),
+        *("--mode", "dedicated", "--workload", workload, "--drain-deadline", "1s"),
+        *("--outbound", "off", "--plaintext", "off", "--readiness", "off"),
+        *("--admin", "127.0.0.1:0", "--stats", "127.0.0.1:0"),
+    )
+
+
+def _own_address() -> str:
+    for host in _ADDRESSES[:-1]:
+        with socket.socket() as sock:
+            try:
+                sock.bind((host, 0))
+            except OSError:
+                continue
+            return host
+    return _ADDRESSES[-1]
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def _error(line: str) -> str:
+    """Of a line of the access log."""
+    found = re.search(r'\berror="([^"]*)"', line)
+    return found[1] if found else ""
+
+
+def _short_reason(why: str) -> str:
+    """Without "connection closed due to ...", which goes without saying here."""
+    return why.partition(": ")[2]
 
 
 def _mib(size: int) -> str:

@@ -26,7 +26,6 @@ COMMANDS: Final = {
     "explain": "hbone_cli._explain",
     "ca": "hbone_cli._ca",
     "demo": "hbone_cli._demo",
-    "demo-node": "hbone_cli._demo_node",
     "completion": "hbone_cli._completion",
 }
 

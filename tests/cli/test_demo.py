@@ -14,18 +14,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hbone_cli import main
+from hbone_cli import _demo_steps, main
+from hbone_cli._demo_app import pattern
 from hbone_cli._demo_children import Child, ChildFailed
-from hbone_cli._demo_node import pattern
-from hbone_cli._demo_steps import CONNECTIONS, Demo, DemoFailed
+from hbone_cli._demo_steps import CONNECTIONS, HOSTNAME, TUNNELS, VIP, Demo, DemoFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 CART = "spiffe://cluster.local/ns/shop/sa/cart"
 WEB = "spiffe://cluster.local/ns/shop/sa/web"
@@ -77,17 +77,16 @@ def wait_gone(pids: list[int]) -> None:
 # === what it shows ===
 
 
-@pytest.mark.parametrize("size", [3, 256])
-def test_each_step_and_what_it_says_to_machines(size: int, temporary: Path) -> None:
-    options = [] if size == 256 else ["--size", str(size)]
-    result = run("--json", *options)
+def test_each_step_and_what_it_says_to_machines(temporary: Path) -> None:
+    size = 256
+    result = run("--json")
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert document["ok"] is True
     assert 0 < document["seconds"] < RUN
     steps = {step["name"]: step for step in document["steps"]}
     assert list(steps) == [
-        *("start", "request", "upload", "download", "connections", "not_allowed", "foreign", "counters"),
+        *("start", "request", "upload", "download", "connections", "denied", "foreign", "change", "counters"),
     ]
     assert all(step["ok"] for step in steps.values())
     digest = hashlib.sha256()
@@ -97,25 +96,30 @@ def test_each_step_and_what_it_says_to_machines(size: int, temporary: Path) -> N
         assert (steps[name]["bytes"], steps[name]["sha256"]) == (size * MIB, digest.hexdigest())
         assert steps[name]["megabytes_per_second"] > 0
     assert steps["connections"]["connections"] == CONNECTIONS
-    assert steps["not_allowed"]["status"] == 401
-    assert "status=401" in steps["not_allowed"]["log"]
+    assert steps["request"]["hosts"] == [HOSTNAME, VIP]
+    assert steps["denied"]["status"] == 401
+    assert "policy rejection: explicitly denied by: shop/not-the-bank" in steps["denied"]["log"]
     assert "issuer is not among our roots" in steps["foreign"]["log"]
+    assert "policy change: explicitly denied by: shop/closed-today" in steps["change"]["log"]
+    assert 0 < steps["change"]["seconds"] < RUN
     route = document["route"]
     assert (route["source"], route["destination"], route["tls_version"]) == (CART, WEB, "TLSv1.3")
     assert route["cipher"] in ("TLS_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256")
-    assert len(document["access_log"]["node a"]) == CONNECTIONS + 3
-    assert len(document["access_log"]["node b"]) == CONNECTIONS + 4
+    assert len(document["access_log"]["node a"]) == TUNNELS
+    assert len(document["access_log"]["node b"]) == TUNNELS + 1
+    for line in document["access_log"]["node a"]:
+        assert f'dst.service="{HOSTNAME}" dst.workload="web-0"' in line
     a, b = document["counters"]["node a"], document["counters"]["node b"]
-    assert a["connections opened"] == b["connections opened"] == CONNECTIONS + 3
+    assert (a["connections opened"], b["connections opened"]) == (TUNNELS, TUNNELS + 1)
     assert a["bytes up"] == b["bytes up"] > size * MIB
-    assert (b["tunnels refused (401)"], b["handshakes failed"]) == (1, 1)
+    assert (b["closed by policy"], b["tunnels refused (401)"], b["handshakes failed"]) == (2, 1, 1)
     assert list(temporary.iterdir()) == []
 
 
 def test_what_people_read_without_a_terminal(temporary: Path) -> None:
     result = run("--size", "1", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "ok an HTTP request" in result.stdout
+    assert f"ok a request to {HOSTNAME}, and one to its address {VIP}" in result.stdout
     assert "\x1b" not in result.stdout
     assert "\r" not in result.stdout
     for words in (
@@ -124,18 +128,20 @@ def test_what_people_read_without_a_terminal(temporary: Path) -> None:
         "TLSv1.3",
         "upload 1 MiB",
         "SHA-256 equal",
-        "status 401",
+        "status 401: explicitly denied by: shop/not-the-bank",
         "another CA",
+        "s: explicitly denied by: shop/closed-today",
         "All of it worked",
     ):
         assert words in result.stdout
-    assert re.search(r"connections opened +203 +203", result.stdout)
-    assert "... 199 more" in result.stdout
+    assert re.search(r"connections opened +206 +207", result.stdout)
+    assert result.stdout.count("... 203 more") == 2
+    assert result.stdout.count(" error access connection complete ") == 3
 
 
 def test_a_terminal_gets_a_progress_bar_and_its_cursor_back(temporary: Path) -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([*COMMAND, "--size", "64"], stdin=theirs, stdout=theirs, stderr=theirs, env=terminal())
+    process = subprocess.Popen([*COMMAND, "--size", "16"], stdin=theirs, stdout=theirs, stderr=theirs, env=terminal())
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # EIO is how Linux says that the other end is closed
@@ -208,18 +214,36 @@ def test_a_stranger_who_is_let_in_fails_the_step(temporary: Path) -> None:
             demo._ca.issue = lambda _: issue(CART)  # type: ignore[method-assign, assignment]
 
         demo._show = Quiet(a=issue_as_cart)
-        with pytest.raises(DemoFailed, match="a request from bank/teller, who is not allowed: it was let in"):
+        with pytest.raises(DemoFailed, match="a request from bank/teller, which policy denies: it was let in"):
             demo.run()
 
 
-def test_a_traffic_that_nobody_asked_for_fails_the_count(temporary: Path) -> None:
+def test_traffic_that_nobody_asked_for_fails_the_count(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_more() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", demo.ports["a"]["forward"], timeout=WAIT)
-        connection.request("GET", "/")
-        assert connection.getresponse().status == 200
-        connection.close()
+        monkeypatch.setattr(_demo_steps, "_SETTLE", 0.0)
+        assert greeting(demo.ports).startswith("hello")
 
-    with Demo(Quiet(the=one_more), MIB) as demo, pytest.raises(DemoFailed, match="connections opened is 204, not 203"):
+    with Demo(Quiet(the=one_more), MIB) as demo, pytest.raises(DemoFailed, match="connections opened is 207, not 206"):
+        demo.run()
+
+
+def test_where_there_is_one_loopback_address_and_an_environment_for_other_nodes(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_demo_steps, "_ADDRESSES", ("192.0.2.1", "127.0.0.1"))
+    for name in ("CRL_PATH", "HBONE_NODE_SOCKS5", "PROXY_CONFIG", "XDS_ADDRESS"):
+        monkeypatch.setenv(name, "nonsense")
+    with Demo(Quiet(), MIB) as demo:
+        demo.run()
+        assert demo.route is not None
+        assert demo.route.inbound.startswith("127.0.0.1:")
+
+
+def test_a_connection_that_is_closed_for_another_reason_fails_the_step(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_demo_steps, "_CLOSED", _demo_steps._CLOSED.replace("closed-today", "something-else"))
+    with Demo(Quiet(), MIB) as demo, pytest.raises(DemoFailed, match=r"log does not say so: .*: shop/something-else"):
         demo.run()
 
 
@@ -242,8 +266,10 @@ def test_a_failure_names_its_step(
 
 
 def test_a_child_that_does_not_start_says_why() -> None:
-    with Child("the application", "no such thing") as child, pytest.raises(ChildFailed, match="no such thing"):
-        child.hear()
+    with Child("node c", "node") as child:
+        child.run(Path(os.sep), "node", "--json", "--socks5", "nowhere")
+        with pytest.raises(ChildFailed, match=r"(?s)^node c has ended; it said:.*--socks5: 'nowhere' cannot be used"):
+            child.wait_ready()
 
 
 # === keeping it ===
@@ -278,24 +304,30 @@ def kept(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any
         process.communicate()
 
 
-def get(port: int, path: str) -> str:
+def get(port: int, path: str, through: str | None = None) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+    if through is not None:
+        connection.set_tunnel(through, 80)
     connection.request("GET", path)
     text = connection.getresponse().read().decode()
     connection.close()
     return text
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 129)]
-)
-def test_kept_it_works_until_it_is_told_to_end(number: signal.Signals, code: int, temporary: Path) -> None:
+def greeting(ports: dict[str, dict[str, int]]) -> str:
+    """What the application says, through the mesh."""
+    return get(ports["a"]["http_proxy"], "/", HOSTNAME)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_kept_it_works_until_it_is_told_to_end(number: signal.Signals, temporary: Path) -> None:
     with kept() as (process, document, pids):
         assert document["ok"]
-        assert get(document["ports"]["a"]["forward"], "/").startswith("hello")
-        assert "istio_tcp_connections_opened_total" in get(document["ports"]["b"]["admin"], "/metrics")
+        assert greeting(document["ports"]).startswith("hello")
+        assert "istio_tcp_connections_opened_total" in get(document["ports"]["b"]["stats"], "/metrics")
+        assert Path(document["mesh"]).is_file()
         process.send_signal(number)
-        assert process.wait(WAIT) == code
+        assert process.wait(WAIT) == 128 + number
         wait_gone(pids)
     assert list(temporary.iterdir()) == []
 
@@ -323,7 +355,7 @@ def test_interrupted_in_the_middle_it_leaves_nobody(temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def test_what_it_invites_to_try(temporary: Path) -> None:
+def test_what_it_invites_to_try_until_ctrl_c(temporary: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "--keep", "--size", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -333,18 +365,22 @@ def test_what_it_invites_to_try(temporary: Path) -> None:
         lines.append(line.strip())
         if "Ctrl-C" in line:
             break
-    tries = [line.partition("    #")[0] for line in lines if line.startswith("curl ")]
-    assert len(tries) == 7
-    (port,) = re.findall(r"curl http://127.0.0.1:(\d+)/$", "\n".join(tries), re.MULTILINE)
-    assert get(int(port), "/").startswith("hello")
-    follow = process.stdout.readline()
-    assert "connection complete" in follow
+    tries = [re.split("    #| [|]", line)[0] for line in lines if line.startswith("curl ")]
+    assert len(tries) == 9
+    assert f"http://{HOSTNAME}/" in tries[0]
+    (port,) = re.findall(r"^curl -p -x http://127.0.0.1:(\d+) ", "\n".join(tries), re.MULTILINE)
+    assert get(int(port), "/", VIP).startswith("hello")
+    for line in process.stdout:  # the log follows
+        if "connection complete" in line:
+            break
+    (mesh,) = [line for line in lines if line.endswith(".yaml")]
+    assert Path(mesh).read_text().startswith("# The mesh of this demo")
     if _curl_works():
         for line in tries:
             words = line.replace("/bytes/1000000000", "/bytes/1000000").split()
             proxies = "" if "-x" in words else "*"
             done = subprocess.run(
-                [words[0], "-sS", "--fail", "--noproxy", proxies, *words[1:]],
+                [words[0], "-q", "-sS", "--fail", "--noproxy", proxies, *words[1:]],
                 capture_output=True,
                 text=True,
                 timeout=WAIT,
