@@ -125,7 +125,12 @@ def _mesh_for_completion(ctx: click.Context) -> MeshSnapshot | None:
     help="Where the workloads of the mesh are reached by HBONE.",
 )
 @click.option("--way", type=click.IntRange(min=1), metavar="N", help="Only this one of several ways.")
-@click.option("--all", "everything", is_flag=True, help="Details of all ways, and not only of the likeliest.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Details of all ways, and not only of one: the likeliest that fails, else the likeliest.",
+)
 @click.option(
     "--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, metavar="N", help="Ways to look at."
 )

@@ -133,7 +133,7 @@ def _notes(snapshot: MeshSnapshot, workload: Workload, ip: IPAddress, network: s
 def _did_you_mean(snapshot: MeshSnapshot, text: str) -> str:
     keys = {each.key for each in snapshot.workloads.values()}
     names = [key for key in keys if key.partition("/")[2] == text.rpartition("/")[2]]  # of another namespace, or none
-    near = sorted(names)[:_NAMED] or get_close_matches(text, sorted(keys), n=3)
+    near = sorted(names)[:_NAMED] or get_close_matches(text, sorted(keys), n=3, cutoff=0.85)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return "; write NAMESPACE/NAME, a uid or an IP address" if "/" not in text else ""

@@ -32,7 +32,7 @@ def lines(
         explanation: what to say.
         numbers: of its ways.
         hints: what else is worth a word.
-        everything: whether to tell all about each way, and not only about the first.
+        everything: whether to tell all about each way, and not only about the first that fails, or the first.
     """
     who = f"{explanation.source_ip}"
     if explanation.source is not None:
@@ -42,15 +42,15 @@ def lines(
     for hint in hints:
         yield f"note  {hint}", _WORTH_A_WORD
     yield "", ""
-    yield from _connection(explanation, tuple(map(str, numbers)), everything, "")
+    heading = "in plain text" if explanation.plain else "at the client's node"
+    yield from _connection(explanation, tuple(map(str, numbers)), everything, heading, "")
     yield explanation.conclusion, _style(explanation.outcome)
 
 
 def _connection(
-    explanation: ConnectionExplanation, names: Sequence[str], everything: bool, indent: str
+    explanation: ConnectionExplanation, names: Sequence[str], everything: bool, heading: str, indent: str
 ) -> Iterator[Line]:
-    node = "in plain text" if explanation.plain else "at the client's node"
-    yield f"{indent}{node if not indent else 'from there'}", _HEADING
+    yield f"{indent}{heading}", _HEADING
     yield from ((f"{indent}  {step}", "") for step in explanation.steps)
     yield "", ""
     ways = tuple(zip(names, explanation.ways, strict=True))
@@ -61,8 +61,9 @@ def _connection(
             yield f"{indent}  {name}{share}  {way.route}", ""
             yield f"{indent}  {' ' * len(name + share)}  {way.reason}", _style(way.outcome)
         yield "", ""
-    for name, way in ways if everything else ways[:1]:
-        title = f"way {name}: " if len(ways) > 1 or "." in name else ""
+    failing = [each for each in ways if each[1].outcome is not Outcome.THROUGH]
+    for name, way in ways if everything else (failing or ways)[:1]:
+        title = f"way {name}: " if len(ways) > 1 else ""
         yield from _way(way, name, title, everything, indent)
 
 
@@ -76,10 +77,9 @@ def _way(way: Way, name: str, title: str, everything: bool, indent: str) -> Iter
         yield f"{indent}{title}{way.note}", _WORTH_A_WORD
         yield "", ""
     if way.behind is not None:
-        key = "" if route.workload is None else route.workload.key
-        yield f"{indent}{title}behind {key}", _HEADING
+        heading = title + ("behind it" if route.workload is None else f"behind {route.workload.key}")
         names = [f"{name}.{number}" for number in range(1, len(way.behind.ways) + 1)]
-        yield from _connection(way.behind, names, everything, f"{indent}  ")
+        yield from _connection(way.behind, names, everything, heading, f"{indent}  ")
 
 
 def _arrival(arrival: Arrival, title: str, indent: str) -> Iterator[Line]:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["explain_connection", "explain_plain_connection"]
 
-#: Waypoints in a row. More is a circle.
-_MAX_HOPS: Final = 3
 #: Endpoints that are proposed instead of a service.
 _PROPOSED: Final = 3
 
@@ -113,8 +111,8 @@ class _Asking:
     config: RoutingConfig
     resolved: IPAddress | None
     limit: int
-    hops: int = 0
-    """Waypoints so far."""
+    behind_waypoint: bool = False
+    """Whether a waypoint has sent it on: it is not followed through another one."""
 
 
 # ------------------------------------------------------------------------------------------------- at the client's node
@@ -182,7 +180,8 @@ def _way(
     assert identity is not None
     arrival, note = _arrival(asking, route, route.workload, hop, seen, identity)
     behind = None
-    if route.type is RouteType.TO_SERVER_WAYPOINT and (arrival is None or arrival.outcome is Outcome.THROUGH):
+    goes_on = route.type is RouteType.TO_SERVER_WAYPOINT and not asking.behind_waypoint
+    if goes_on and (arrival is None or arrival.outcome is Outcome.THROUGH):
         behind = _behind_waypoint(asking, route, hop)
     return Way(share=share, route=route, arrival=arrival, behind=behind, note=note)
 
@@ -302,20 +301,10 @@ def _behind_waypoint(asking: _Asking, route: OutboundRoute, hop: Endpoint) -> Co
     assert waypoint is not None
     assert target is not None
     config = replace(asking.config, network=waypoint.network)
-    if asking.hops == _MAX_HOPS:
-        reason = f"it has passed {_MAX_HOPS} waypoints: this looks like a circle"
-        return ConnectionExplanation(
-            source=waypoint,
-            source_ip=hop.ip,
-            target=target,
-            network=config.network,
-            steps=(reason,),
-            ways=(Way(share=None, route=NoOutboundRoute(reason=reason)),),
-        )
     snapshot = asking.snapshot
     if service is not None:
         snapshot = snapshot.with_changes(upsert=[replace(service, waypoint=None, weighted_waypoints=())])
-    inner = replace(asking, snapshot=snapshot, config=config, hops=asking.hops + 1)
+    inner = replace(asking, snapshot=snapshot, config=config, behind_waypoint=True)
     said = _carried(inner, waypoint, hop.ip, target)
     return replace(said, ways=tuple(replace(way, share=None) for way in said.ways))
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from hbone.address import Authority
 from hbone.errors import InvalidIdentity
 from hbone.routing import NoOutboundRoute, OutboundProtocol, RouteType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hbone.address import Authority, Endpoint, IPAddress
+    from hbone.address import Endpoint, IPAddress
     from hbone.identity import SpiffeIdentity
     from hbone.mesh import Service, Workload
     from hbone.rbac import Explanation, Flow
@@ -272,7 +273,11 @@ def _hop_in_words(route: OutboundRoute, arrival: Arrival | None) -> str:
         case RouteType.TO_GATEWAY:
             return f"with a tunnel in a tunnel through the gateway {at}"
     if route.protocol is OutboundProtocol.TCP:
-        return f"in plain text to {at if arrival is None else arrival.workload.key}"
+        if arrival is not None:
+            return f"in plain text to {arrival.workload.key}"
+        if isinstance(route.next_hop, Authority):
+            return f"in plain text to whatever address DNS has for {route.next_hop.host}"
+        return f"in plain text to {at}, where no node stands"
     return f"over HBONE to {at}"
 
 
