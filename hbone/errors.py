@@ -190,7 +190,7 @@ class NoRoute(HboneError):
 
     def __init__(self, target: object, why: str) -> None:
         super().__init__(why)
-        self.target = str(target)
+        self.target: str = str(target)
         self.why = why
 
 
@@ -280,7 +280,9 @@ class MeshConfigError(HboneError, ValueError):
         if not self.faults:
             raise ValueError("an error about a mesh file needs a fault")
         first = self.faults[0]
-        self.source, self.path, self.line = first.source, first.path, first.line
+        self.source: str = first.source
+        self.path: str = first.path
+        self.line: int = first.line
         super().__init__("\n".join(map(str, self.faults)))
 
 

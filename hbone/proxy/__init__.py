@@ -8,7 +8,7 @@ one access-log line a connection and counts it.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from hbone.proxy._inbound import InboundProxy as InboundProxy
 from hbone.proxy._outbound import OutboundProxy as OutboundProxy
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from hbone.proxy._node_config import Setting as Setting
     from hbone.proxy._node_config import node_settings as node_settings
     from hbone.proxy._node_values import ListenAddress as ListenAddress
+else:
+
+    def __getattr__(name: str) -> object:
+        module = _LAZY.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return value
+
 
 __all__ = [
     "InboundProxy",
@@ -47,11 +56,3 @@ _LAZY: Final = {
     "WorkloadInfo": "_context",
     "node_settings": "_node_config",
 }
-
-
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    return value

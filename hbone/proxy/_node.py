@@ -157,12 +157,12 @@ class Node:
 
             metrics = Metrics(version=config.istio_version)
         self.config = config
-        self.mesh = MeshState()
+        self.mesh: MeshState = MeshState()
         self.metrics = metrics
-        self.readiness = Readiness([_STATE, _CERTIFICATES, _PROXY])
+        self.readiness: Readiness = Readiness([_STATE, _CERTIFICATES, _PROXY])
         self.addresses: dict[str, tuple[Endpoint, ...]] = {}
-        self.ready = trio.Event()
-        self.stop_requested = trio.Event()
+        self.ready: trio.Event = trio.Event()
+        self.stop_requested: trio.Event = trio.Event()
         self._given = mesh
         self._access_log = access_log
         self._log_levels = log_levels

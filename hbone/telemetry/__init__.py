@@ -5,7 +5,7 @@ Told what happens, never asked: nothing here changes what a tunnel does. The cor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hbone.telemetry._access_log import (
     AccessLog,
@@ -24,6 +24,16 @@ from hbone.telemetry._oplog import LogHandler, log_to
 
 if TYPE_CHECKING:
     from hbone.telemetry._metrics import Metrics, OpenConnection
+else:
+
+    def __getattr__(name: str) -> object:
+        # prometheus-client brings an HTTP server along, 2 MB that a proxy without metrics has no use for.
+        if name in ("Metrics", "OpenConnection"):
+            from hbone.telemetry import _metrics
+
+            return getattr(_metrics, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AccessLog",
@@ -48,12 +58,3 @@ __all__ = [
     "log_to",
     "response_flag",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # prometheus-client brings an HTTP server along, 2 MB that a proxy without metrics has no use for.
-    if name in ("Metrics", "OpenConnection"):
-        from hbone.telemetry import _metrics
-
-        return getattr(_metrics, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -270,6 +270,8 @@ class MeshPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ports:
+    """Where one of the pair of proxies is to be reached."""
+
     hbone: int
     forward: int
     http_proxy: int
@@ -302,11 +304,13 @@ class _Records(AccessLog):
         self._change = trio.Event()
 
     def write(self, record: AccessRecord) -> None:
+        """Keep it, and tell who waits."""
         self.records.append(record)
         self._change.set()
         self._change = trio.Event()
 
     async def wait_for(self, count: int) -> None:
+        """Wait until there are this many."""
         while len(self.records) < count:
             await self._change.wait()
 

@@ -91,15 +91,18 @@ class Pump:
             poller.close()
 
     def add(self, link: Link, fd: int, interest: int) -> None:
+        """Call `link.ready` from now on."""
         if not self._ended:
             self._links[fd] = link
             self._poller.add(fd, interest)
 
     def change(self, fd: int, interest: int) -> None:
+        """What its link is called for from now on."""
         if not self._ended:
             self._poller.change(fd, interest)
 
     def remove(self, fd: int) -> None:
+        """Call its link no more, if it was called at all."""
         if self._links.pop(fd, None) is not None and not self._ended:
             self._poller.remove(fd)
 

@@ -60,6 +60,8 @@ class _Pipe:
     __slots__ = ("inlet", "outlet")
 
     def __init__(self) -> None:
+        self.outlet: int
+        self.inlet: int
         self.outlet, self.inlet = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             fcntl.fcntl(self.inlet, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
@@ -67,6 +69,7 @@ class _Pipe:
             pass  # there is a bound for all pipes of a user; a small one serves as well
 
     def close(self) -> None:
+        """Both ends, with what is in it."""
         os.close(self.inlet)
         os.close(self.outlet)
 
@@ -101,15 +104,18 @@ class Mover:
                 self._spare.pop().close()
 
     def add(self, end: _End, interest: int) -> None:
+        """Call `end.ready` from now on."""
         if not self._ended:
             self._ends[end.fd] = end
             self._poller.add(end.fd, interest)
 
     def change(self, end: _End, interest: int) -> None:
+        """What `end` is called for from now on."""
         if not self._ended:
             self._poller.change(end.fd, interest)
 
     def remove(self, end: _End) -> None:
+        """Call it no more, if it was called at all."""
         if self._ends.pop(end.fd, None) is not None and not self._ended:
             self._poller.remove(end.fd)
 
@@ -127,6 +133,7 @@ class Mover:
         return pipe
 
     def give_back(self, pipe: _Pipe, *, empty: bool) -> None:
+        """Take a pipe that was lent, to keep it or to close it."""
         if empty and len(self._spare) < _SPARE_PIPES and not self._ended:
             self._spare.append(pipe)
         else:
@@ -158,8 +165,8 @@ class _End:
         self._mover = mover
         self._interest = READABLE
         self._watched = False
-        self.sock = sock
-        self.fd = sock.fileno()
+        self.sock: socket.socket = sock
+        self.fd: int = sock.fileno()
         self.broken: bool = False
         self.outgoing: _Way
         """What is read here."""
@@ -167,15 +174,18 @@ class _End:
         """What is written here."""
 
     def watch(self) -> None:
+        """Be told by the mover."""
         self._mover.add(self, self._interest)
         self._watched = True
 
     def unwatch(self) -> None:
+        """Be told no more; may be called again."""
         if self._watched:
             self._mover.remove(self)
             self._watched = False
 
     def want(self, what: int, yes: bool) -> None:
+        """Be told, or not, of this as well: `READABLE` or `WRITABLE`."""
         interest = self._interest | what if yes else self._interest & ~what
         if interest != self._interest and not self._relay.over:
             self._interest = interest
