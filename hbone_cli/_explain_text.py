@@ -21,6 +21,9 @@ _HEADING: Final = "bold"
 _GOOD: Final = "green"
 _BAD: Final = "red"
 _WORTH_A_WORD: Final = "yellow"
+#: How many of the things that did not match are told, and how much of a sentence. JSON has all.
+_TOLD: Final = 20
+_LONGEST: Final = 1000
 
 
 def lines(
@@ -103,14 +106,22 @@ def _policy(explanation: Explanation) -> Iterator[Line]:
     verdict = explanation.verdict
     word = "" if verdict.policy is not None else "allowed: " if verdict.allowed else "denied: "
     yield f"{word}{verdict.reason}", _GOOD if verdict.allowed else _BAD
+    without = [policy.policy for policy in explanation.policies if not policy.matched]
+    omitted = frozenset(without[_TOLD:])
     for policy in explanation.policies:
-        yield from _one_policy(policy)
+        if policy.policy not in omitted:
+            yield from _one_policy(policy)
+    if omitted:
+        yield f"{len(omitted)} more do not match", ""
     for name in explanation.missing:
         yield f"the workload names {name}, which does not exist", _WORTH_A_WORD
     for match in verdict.dry_run:
         yield f"dry run: {match.policy} would have said {match.action.name}", _WORTH_A_WORD
-    for change in explanation.changes:
-        yield f"would be {change.text}", ""
+    for change in explanation.changes[:_TOLD]:
+        text = f"would be {change.text}"
+        yield text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...", ""
+    if len(explanation.changes) > _TOLD:
+        yield f"{len(explanation.changes) - _TOLD} more things would change it", ""
 
 
 def _one_policy(policy: PolicyFinding) -> Iterator[Line]:
@@ -120,8 +131,13 @@ def _one_policy(policy: PolicyFinding) -> Iterator[Line]:
     yield f"{policy.action.name} {policy.policy}{dry_run} {answer}{decides}", ""
     if not policy.rules:
         yield "  it has no rules, and so never matches", ""
+    failing = 0
     for number, rule in enumerate(policy.rules, 1):
-        yield f"  rule {number} {'holds' if rule.matched else 'fails'}: {_rule(rule)}", ""
+        failing += not rule.matched
+        if rule.matched or failing <= _TOLD:
+            yield f"  rule {number} {'holds' if rule.matched else 'fails'}: {_rule(rule)}", ""
+    if failing > _TOLD:
+        yield f"  {failing - _TOLD} more rules fail", ""
 
 
 def _rule(rule: RuleFinding) -> str:

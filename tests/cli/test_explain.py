@@ -358,6 +358,37 @@ def test_what_is_empty_in_words(tmp_path: Path) -> None:
     ]
 
 
+def test_many_policies_are_not_all_told(tmp_path: Path) -> None:
+    rule = "[[{principals: [!Exact a/b]}]]"
+    many = "\n".join(
+        f"- {{name: {name}, namespace: n, scope: Namespace, action: Allow, dryRun: false, rules: [{rule}]}}"
+        for name in [f"p{number:03}" for number in range(100)]
+    )
+    some = ", ".join([rule] * 30 + ["[]"])
+    last = f"- {{name: z, namespace: n, scope: Namespace, action: Allow, dryRun: false, rules: [{some}]}}\n"
+    path = tmp_path / "mesh.yaml"
+    path.write_text(f"{EMPTY.partition('policies:')[0]}policies:\n{many}\n{last}")
+    lines = run("--from", "n/a", "--to", "10.0.0.2:80", mesh=path).stdout.splitlines()
+    assert sum(line.endswith(" does not match") for line in lines) == 20
+    start = lines.index("  80 more do not match") - 3
+    assert lines[start : start + 4] == [
+        "    rule 20 fails: principals: the client has none, that could fit Exact a/b",
+        "    rule 31 holds: it has no clauses, and so always holds",
+        "    10 more rules fail",
+        "  80 more do not match",
+    ]
+    path.write_text(f"{EMPTY.partition('policies:')[0]}policies:\n{many}\n")
+    lines = run("--from", "n/a", "--to", "10.0.0.2:80", mesh=path).stdout.splitlines()
+    assert sum(line.startswith("  would be ") for line in lines) == 20
+    assert "  81 more things would change it" in lines
+    path.write_text(f"{EMPTY.partition('policies:')[0]}policies:\n{many.replace('principals: [!Exact a/b]', '')}\n")
+    (line,) = [
+        line for line in run("--from", "n/a", "--to", "10.0.0.2:80", mesh=path).stdout.splitlines() if "would" in line
+    ]
+    assert len(line) == 1006
+    assert line.endswith(" ...")
+
+
 # === completion ===
 
 
