@@ -195,11 +195,17 @@ class NoRoute(HboneError):
 
 
 class CertificateUnavailable(HboneError):
-    """No usable SVID for an identity, now."""
+    """No usable SVID for an identity, now.
+
+    Attributes:
+        identity: whose; or the address that somebody dialled and that is nobody's.
+        why: in words.
+    """
 
     def __init__(self, identity: object, why: str) -> None:
         super().__init__(f"no certificate for {identity}: {why}")
         self.identity = identity
+        self.why = why
 
 
 class InvalidIdentity(HboneError, ValueError):

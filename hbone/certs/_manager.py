@@ -421,6 +421,8 @@ class SvidManager:
                 _check(svid, entry.identity, self._now())
             except trio.TooSlowError:
                 problem = f"no answer within {self._timeout:g} s"
+            except CertificateUnavailable as exc:
+                svid, problem = None, exc.why  # whose it is, is said anyway
             except HboneError as exc:
                 svid, problem = None, str(exc)
             except Exception as exc:  # noqa: BLE001 - a failed attempt like others
