@@ -69,6 +69,7 @@ from hbone.mesh import Locality, MeshState, TunnelProtocol
 from hbone.proxy import _node_outbound
 from hbone.proxy._context import NodeSettings
 from hbone.telemetry import AccessRecord, Direction, LogLevel
+from hbone.transport import SocketOptions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -240,6 +241,62 @@ async def test_live_bytes_and_live_connections(ca: LocalCA) -> None:
 
 def sockets(plane: DataPlane) -> dict[str, float]:
     return {s.labels["reporter"]: s.value for s in samples(plane.metrics, "istio_tcp_sockets_open")}
+
+
+async def test_the_keep_alive_that_was_asked_for(ca: LocalCA, captures: Captures) -> None:
+    """For what applications open, and for what is opened for them."""
+    options = SocketOptions(keepalive_time=77, keepalive_interval=7)
+    settings = NodeSettings(keep_source=False, socket_options=options)
+    fields = {"protocol": TunnelProtocol.TCP}
+    async with shop(ca, habit=None, stock_fields=fields, near={"captures": captures, "settings": settings}) as it:
+        for way in ("socks", "http", "captured"):
+            async with await it.near.connect(VIP, 80, way=way) as stream:
+                await it.app.accept()
+                (connection,) = it.near.context.connections.outbound
+                assert connection.plain is not None
+                for end in (connection.way.sock, connection.plain._upstream.sock):
+                    assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                    assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
+                reset(stream)
+            await it.at_rest()
+
+
+async def test_what_is_remembered_is_bounded(ca: LocalCA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a client that goes through all ports, too."""
+    monkeypatch.setattr(_node_outbound, "_REMEMBERED", 10)
+    async with application(THIEF, double_echo) as app:
+        async with data_plane(mesh_of(cart()), ca=ca, dedicated=CART_INFO) as near:
+            taken = app.port
+            for port in [*range(2000, 2030), taken]:
+                try:
+                    await near.ask(THIEF, port)
+                except Refused:
+                    assert port != taken
+                known = [v for v in near.mesh.snapshot.memo.values() if isinstance(v, _node_outbound._Known)]
+                assert 1 <= sum(map(len, known)) <= 10
+
+
+async def test_by_ipv6(ca: LocalCA) -> None:
+    """The service's address, the workload's, the application's; the client speaks IPv4."""
+    try:
+        shared_port("::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    async with application("::1", double_echo) as app:
+        port = shared_port("::1")
+        mesh = mesh_of(
+            member("cart", "127.0.0.1"),
+            member("stock", "::1", endpoint_of={f"shop/{HOSTNAME}": {80: app.port}}),
+            service(f"shop/{HOSTNAME}", "/fd00::20"),
+        )
+        async with data_plane(mesh, ca=ca, listen="::1", hbone_port=port) as node:
+            for host in ("fd00::20", HOSTNAME):
+                assert await node.ask(host, 80) == TWICE
+                lines = {line.direction.value: line for line in (await node.log.next(), await node.log.next())}
+                assert str(lines["outbound"].dst_addr) == f"[::1]:{port}"
+                assert str(lines["outbound"].dst_hbone_addr) == f"[::1]:{app.port}"
+                assert lines["inbound"].dst_hbone_addr == f"[::1]:{app.port}"
+            await at_rest(node)
 
 
 async def test_two_workloads_of_one_node(ca: LocalCA) -> None:
@@ -574,7 +631,7 @@ async def test_a_certificate_that_never_comes(ca: LocalCA, captures: Captures, w
         raise CertificateUnavailable(identity, "the CA is on holiday")
 
     async with shop(ca, near={"issue": issue, "prefetch": False, "captures": captures}) as it:
-        why = f"no certificate for {CART_ID}: no certificate for {CART_ID}: the CA is on holiday"
+        why = f"no certificate for {CART_ID}: the CA is on holiday"
         await refused(it.near, way, VIP, 80, socks=1, http=503, says=why)
         line = await it.near.log.next()
         assert bare(line) == to_stock(

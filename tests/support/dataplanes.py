@@ -6,6 +6,7 @@ its connections is in `DataPlane.log` and in its metrics (`traffic`); `at_rest` 
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 from collections import Counter
@@ -120,10 +121,12 @@ def shared_port(*hosts: str) -> int:
             with ExitStack() as stack:
                 port = 0
                 for host in hosts:
-                    port = stack.enter_context(socket.create_server((host, port))).getsockname()[1]
+                    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                    port = stack.enter_context(socket.create_server((host, port), family=family)).getsockname()[1]
                 return port
-        except OSError:
-            continue
+        except OSError as problem:
+            if problem.errno != errno.EADDRINUSE:
+                raise
 
 
 # === applications ===
@@ -153,7 +156,7 @@ class Application:
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint.parse(f"{self.host}:{self.port}")
+        return Endpoint(ip_address(self.host), self.port)
 
     async def accept(self) -> trio.SocketStream:
         """The next connection, when there is no habit."""
