@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -117,6 +118,9 @@ def command(*, config_file: str | None, json: bool, **given: str | None) -> None
     overrides = {name: text for name, text in given.items() if text is not None}
     config = NodeConfig.from_environment(os.environ, config_file=config_file, overrides=overrides)
     raise_file_limit()
+    # While a thread reads a large mesh file, the event loop waits this long for the interpreter each time that it has
+    # been away from it; a small request is several such times under way.
+    sys.setswitchinterval(0.001)
     # Without --json the log says it all.
     trio.run(_run, config, Reporter(as_json=json, events=json))
 
