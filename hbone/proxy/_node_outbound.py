@@ -385,7 +385,11 @@ class NodeOutbound:
     def _route(self, connection: OutboundConnection, source: Workload, target: Authority) -> OutboundRoute:
         if target.port in self._context.own_ports and target.ip is not None and target.ip.is_loopback:
             raise NoRoute(target, f"{target} is a port of this node itself: the connection would go in a circle")
-        route = self._context.router.outbound(self._context.mesh.snapshot, source, connection.source.ip, target)
+        source_ip = connection.source.ip
+        if self._context.local.dedicated is not None and source.addresses:
+            # All are its connections, also those that come from loopback: a waypoint's must not go to itself again.
+            source_ip = source.addresses[0]
+        route = self._context.router.outbound(self._context.mesh.snapshot, source, source_ip, target)
         if isinstance(route, NoOutboundRoute):
             raise NoRoute(target, route.reason)
         self._take(connection, source, route)
