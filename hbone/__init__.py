@@ -7,6 +7,7 @@ The layers, lowest first; each imports only from below (``tests/test_layers.py``
     protocol                 the wire, without I/O: engine, headers, PROXY protocol
     mesh                     workloads, services, policies: values, a picture of them, the file
     routing, rbac            where a connection goes, and whether it may: pure decisions
+    explain                  the same decisions for a whole connection, in words
     tls                      SVIDs, whom we accept, the handshake's checks
     transport                sessions, tunnels, client, server, pool, relay on trio
     certs, telemetry, admin  where SVIDs come from; metrics and logs; the admin port
