@@ -265,6 +265,8 @@ class NodeInbound:
         source = None
         if peer.address is not None and not headers.crossed_networks(settings.network):
             source = snapshot.workload_by_address(settings.network, peer.address.ip)
+            if source is not None and source.identity != peer.identity:
+                source = None  # its node dialled from an address that is somebody else's, as nodes on one machine do
         return _Facts(
             workload=workload,
             route=route,

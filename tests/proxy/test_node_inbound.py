@@ -365,9 +365,16 @@ BAGGAGE = "k8s.cluster.name=other,k8s.namespace.name=far,k8s.job.name=batch,serv
         (CART, None, ("cart-0", "shop", "Kubernetes", "cart", "cart")),
         (CART, "", ("cart-0", "shop", "Kubernetes", "cart", "cart")),
         ("127.0.0.1", None, ("night", "far", "other", "batch", "batch")),
+        (STOCK, None, ("night", "far", "other", "batch", "batch")),
         (CART, "elsewhere", ("night", "far", "other", "batch", "batch")),
     ],
-    ids=["the mesh knows its address", "an empty network", "it says so itself", "behind a gateway"],
+    ids=[
+        "the mesh knows its address",
+        "an empty network",
+        "it says so itself",
+        "not who proved another identity",
+        "behind a gateway",
+    ],
 )
 async def test_the_source(ca: LocalCA, source: str, network: str | None, names: tuple[str, ...]) -> None:
     """What the mesh says of an address, else what the peer says; behind a gateway the address says nothing."""
