@@ -57,6 +57,7 @@ from support.routes import PASSTHROUGH, gateway
 from hbone import (
     Authority,
     CertificateUnavailable,
+    ConnectFailed,
     Endpoint,
     ErrorCode,
     RequestRejected,
@@ -263,17 +264,22 @@ async def test_the_keep_alive_that_was_asked_for(ca: LocalCA, captures: Captures
 
 async def test_what_is_remembered_is_bounded(ca: LocalCA, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a client that goes through all ports, too."""
+    asked: list[int] = []
+
+    async def connect_tcp(host: str, port: int, **_: Any) -> socket.socket:
+        await trio.lowlevel.checkpoint()
+        asked.append(port)
+        raise ConnectFailed("this was only to see what is remembered")
+
+    monkeypatch.setattr(_node_outbound, "connect_tcp", connect_tcp)
     monkeypatch.setattr(_node_outbound, "_REMEMBERED", 10)
-    async with application(THIEF, double_echo) as app:
-        async with data_plane(mesh_of(cart()), ca=ca, dedicated=CART_INFO) as near:
-            taken = app.port
-            for port in [*range(2000, 2030), taken]:
-                try:
-                    await near.ask(THIEF, port)
-                except Refused:
-                    assert port != taken
-                known = [v for v in near.mesh.snapshot.memo.values() if isinstance(v, _node_outbound._Known)]
-                assert 1 <= sum(map(len, known)) <= 10
+    async with data_plane(mesh_of(cart()), ca=ca, dedicated=CART_INFO) as near:
+        for port in range(2000, 2030):
+            with pytest.raises(Refused):
+                await near.connect(THIEF, port)
+            known = [v for v in near.mesh.snapshot.memo.values() if isinstance(v, _node_outbound._Known)]
+            assert 1 <= sum(map(len, known)) <= 10
+    assert asked == list(range(2000, 2030))
 
 
 async def test_by_ipv6(ca: LocalCA) -> None:
@@ -335,6 +341,17 @@ async def test_through_the_waypoint_of_a_service(ca: LocalCA) -> None:
             labels = labels_of(it.near.metrics, "source")
             assert labels["destination_workload"] == "way"
             assert labels["destination_service"] == HOSTNAME
+
+
+@pytest.mark.parametrize("dedicated", [True, False])
+async def test_a_waypoint_goes_on_to_the_workload(ca: LocalCA, dedicated: bool) -> None:
+    """It does not send to itself again what it is the waypoint for; a dedicated one wherever it comes from."""
+    near = {} if dedicated else {"dedicated": None}
+    async with shop(ca, near=near, stock_fields={"waypoint": gateway(f"/{CART}")}) as it:
+        async with await it.near.connect(STOCK, it.app.port, source=None if dedicated else CART) as stream:
+            assert await ask(stream) == TWICE
+        assert str((await it.near.log.next()).dst_addr) == f"{STOCK}:{it.port}"
+        await it.at_rest()
 
 
 # === in plain TCP ===
