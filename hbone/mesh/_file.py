@@ -349,8 +349,8 @@ class _Parser:
     def _note_references(self, entry: RawEntry, value: _Value) -> None:
         if isinstance(value, Workload):
             references = _references_of_workload(value)
-            if not value.addresses and not value.hostname:
-                message = "it has neither an address nor a host name, so nothing gets to it"
+            if not (value.addresses or value.hostname or value.network_gateway):
+                message = "it has no address, no host name and no gateway, so nothing gets to it"
                 self._warnings.add(entry.place(), entry.spell(), message)
         elif isinstance(value, Service):
             references = _references_of_service(value)

@@ -321,6 +321,7 @@ workloads:
   waypoint: {destination: shop/gone}
   networkGateway: {destination: /10.9.9.9}
 - {uid: b, name: b, namespace: shop, workloadIps: [10.0.0.1], services: {shop/gone: {80: 80}}}
+- {uid: c, name: c, namespace: shop, workloadIps: [], services: {}}
 services:
 - name: s
   namespace: shop
@@ -337,7 +338,6 @@ policies:
 - {name: lonely, namespace: shop, scope: WorkloadSelector, action: Allow, dryRun: false, rules: []}
 """)
     assert [str(warning) for warning in parsed.warnings] == [
-        "m:3:3: workloads[0]: it has neither an address nor a host name, so nothing gets to it",
         'm:7:25: workloads[0].services["shop/gone"]: there is no service shop/gone in this file, '
         "so nothing gets to the workload by it",
         "m:8:27: workloads[0].authorizationPolicies[0]: there is no policy shop/gone in this file",
@@ -345,8 +345,9 @@ policies:
         "so what has to go by it fails",
         "m:10:33: workloads[0].networkGateway.destination: there is no service or workload /10.9.9.9 in this file, "
         "so what has to go by it fails",
-        "m:18:21: services[0].endpoints.gone: there is no workload gone in this file",
-        "m:25:3: policies[1]: no workload names it in authorizationPolicies, so it does nothing",
+        "m:12:3: workloads[2]: it has no address, no host name and no gateway, so nothing gets to it",
+        "m:19:21: services[0].endpoints.gone: there is no workload gone in this file",
+        "m:26:3: policies[1]: no workload names it in authorizationPolicies, so it does nothing",
     ]
 
 
