@@ -331,6 +331,7 @@ async def test_without_its_waypoint_nothing_goes(lab: Lab, tmp_path: Path) -> No
                 assert line.error is not None
                 assert await run(seen.done.wait, 60)
                 assert seen.end == "reset"
+            await run(envoy.popen.wait)
             arrived = lab.arrived
             for target in ((VIP, lab.db.port), (SERVICE, 80)):
                 with pytest.raises(WayRefused, match=f"connecting to {OTHER}:{lab.port} failed: connection refused"):
