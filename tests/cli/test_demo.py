@@ -89,6 +89,8 @@ def test_each_step_and_what_it_says_to_machines(temporary: Path) -> None:
         *("start", "request", "upload", "download", "connections", "denied", "foreign", "change", "counters"),
     ]
     assert all(step["ok"] for step in steps.values())
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    assert re.findall("^✓ (.*?): ", readme, re.MULTILINE) == [step["title"] for step in steps.values()]
     digest = hashlib.sha256()
     for piece in pattern(size * MIB):
         digest.update(piece)
