@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import runpy
@@ -11,10 +12,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+
+if TYPE_CHECKING:
+    from hbone import Endpoint
+    from hbone.proxy import Node
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "howto" / "examples"
@@ -75,7 +80,38 @@ def test_example_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trio.run(example["ask_in_memory"]) == b"hello"
 
 
+def test_example_of_a_node(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(EXAMPLES / "node.py"))
+
+    def get(proxy: Endpoint) -> bytes:
+        connection = http.client.HTTPConnection(str(proxy.ip), proxy.port, timeout=60)
+        connection.set_tunnel("web.shop.svc.cluster.local", 80)
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
+    async def use(node: Node, proxy: Endpoint) -> None:
+        assert await trio.to_thread.run_sync(get, proxy) == b"hello\n"
+        example["close_the_shop"](node, server.server_port)
+        with pytest.raises(OSError, match="403"):
+            await trio.to_thread.run_sync(get, proxy)
+
+    with Server(("127.0.0.1", 0), Greeter) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            trio.run(example["with_a_node"], server.server_port, tmp_path / "ca", use)
+        finally:
+            server.shutdown()
+            thread.join()
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["info", "info", "error", "error"]
+    assert sum("explicitly denied by: shop/closed" in line for line in lines) == 1
+
+
 def test_every_example_is_shown() -> None:
-    page = (EXAMPLES.parent / "testing.md").read_text("utf-8")
-    shown = set(re.findall(r"examples/(\w+\.py)", page))
+    pages = "".join(path.read_text("utf-8") for path in EXAMPLES.parent.glob("*.md"))
+    shown = set(re.findall(r"examples/(\w+\.py)", pages))
     assert shown == {path.name for path in EXAMPLES.glob("*.py")}
