@@ -1,4 +1,4 @@
-"""The ``hbone`` command: two proxies, one tunnel, a local CA.
+"""The ``hbone`` command: a node of a mesh, two proxies, one tunnel, a local CA.
 
 Parse, call the library by its public names, print. `main` is the entry point. Each command is a module of its own,
 imported when it is asked for; the table is in `hbone_cli._main`. What is heavy (trio, OpenSSL, prometheus) is imported
