@@ -14,10 +14,13 @@ def connected_pair(host: str = "127.0.0.1") -> tuple[trio.SocketStream, socket.s
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.bind((host, 0))
-        listener.listen(1)
+        listener.listen()
         application = socket.socket(family)
         application.connect(listener.getsockname())
-        accepted, _ = listener.accept()
+        accepted, peer = listener.accept()
+        while peer != application.getsockname():  # somebody who looked for whom the port belonged to before
+            accepted.close()
+            accepted, peer = listener.accept()
     application.setblocking(False)
     accepted.setblocking(False)
     return trio.SocketStream(trio.socket.from_stdlib_socket(application)), accepted
