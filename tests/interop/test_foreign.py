@@ -14,13 +14,26 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support import frames
 from support.apps import dial, exchange
-from support.backends import Backend, echo, ends_first, generate, http_app, pattern, pattern_sha, refused_port, sink
+from support.backends import (
+    Backend,
+    echo,
+    ends_first,
+    generate,
+    http_app,
+    own_loopback,
+    pattern,
+    pattern_sha,
+    refused_port,
+    sink,
+)
 from support.certs import CLIENT, SERVER
 from support.foreign import Curl, Envoy, NodePeer, Process
 from support.frames import Code, Kind
+from support.lab import localized
 from support.rawpeer import Ended, RawListener, RawPeer
 
 MIB = 1 << 20
+WAYPOINT = own_loopback(96)
 
 
 def test_envoy_to_envoy_carries_both_ways_with_half_close(pki, tmp_path):
@@ -108,6 +121,119 @@ def test_curl_to_envoy(pki, tmp_path):
         status, body = curl.get(f"http://{app.target}/{size}")
         assert (curl.connect_status, status, body) == (200, 200, b"".join(pattern(size)))
         assert curl.put(f"http://{app.target}/", pattern(size), size) == (200, pattern_sha(size).encode())
+
+
+def waypoint(pki, tmp_path, port, *, half_close=True):
+    """Envoy as in the example, with what is behind it at `port` of the loopback, and itself at `WAYPOINT`."""
+    names = {"10.1.0.50": WAYPOINT, "10.1.1.9": "127.0.0.1", "15008": port}
+    files = {name: getattr(pki.client, name) for name in ("cert", "key", "roots")}
+    text = localized("waypoint/envoy.yaml", names | {f"/etc/waypoint/{name}.pem": path for name, path in files.items()})
+    switch = "envoy.reloadable_features.allow_multiplexed_upstream_half_close: "
+    assert f"{switch}true" in text
+    return Envoy(text.replace(f"{switch}true", f"{switch}{str(half_close).lower()}"), tmp_path)
+
+
+def until_reset(peer):
+    """What comes in stream 1 until it is reset, without an end, and with which code."""
+    data = b""
+    while True:
+        got = peer.wait_for(stream=1, where=lambda got: got.kind in (Kind.DATA, Kind.RST_STREAM))
+        if got.kind == Kind.RST_STREAM:
+            return data, got.code
+        assert not got.end_stream
+        data += got.data
+
+
+@pytest.mark.parametrize("size", [2, 200_000])
+def test_envoy_as_a_waypoint_for_http_ends_by_resets(pki, tmp_path, size):
+    # It answers 200 before it has asked anybody. What it is done with it resets, on both sides, and what the client's
+    # window does not let through at that moment is lost.
+    request = b"GET / HTTP/1.1\r\nhost: stock\r\nconnection: close\r\n\r\n"
+    answer = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % size + b"." * size
+    with (
+        RawListener(pki.server) as behind,
+        waypoint(pki, tmp_path, behind.port),
+        RawPeer.dial(behind.port, pki.client, host=WAYPOINT) as near,
+    ):
+        near.open({})  # 65 535 bytes
+        assert near.tunnel(1, "10.96.0.20:80") == 200
+        assert not behind.has_more()
+        near.send(frames.data(1, request))
+        with behind.accept() as far:
+            far.open()
+            far.wait_for(Kind.HEADERS, stream=1)
+            far.send(frames.response(1))
+            assert far.take_data(1, 10).startswith(b"GET / HTTP")
+            for at in range(0, len(answer), 16_384):
+                far.send(frames.data(1, answer[at : at + 16_384]))
+            assert until_reset(far)[1] == Code.INTERNAL_ERROR
+        sent, code = until_reset(near)
+        assert code == Code.CONNECT_ERROR
+        assert (len(sent.partition(b"\r\n\r\n")[2]) == size) is (size == 2)
+
+
+@pytest.mark.parametrize("half_close", [False, True])
+def test_envoy_as_a_waypoint_for_tcp_needs_a_switch_for_half_close(pki, tmp_path, half_close):
+    with (
+        RawListener(pki.server) as behind,
+        waypoint(pki, tmp_path, behind.port, half_close=half_close),
+        RawPeer.dial(behind.port, pki.client, host=WAYPOINT) as near,
+    ):
+        near.open()
+        near.send(frames.connect(1, "10.96.0.20:5432"))
+        with behind.accept() as far:
+            far.open()
+            far.wait_for(Kind.HEADERS, stream=1)
+            far.send(frames.response(1) + frames.data(1, b"bye", end=True))
+            assert near.wait_for(Kind.HEADERS, stream=1)
+            assert near.take_data(1) == b"bye"
+            if half_close:
+                near.send(frames.data(1, b"still here", end=True))
+                assert far.take_data(1) == b"still here"
+            else:
+                assert far.wait_for(Kind.RST_STREAM, stream=1)
+                assert near.wait_for(Kind.RST_STREAM, stream=1).code == Code.NO_ERROR
+
+
+def test_envoy_ends_an_http_1_tunnel_with_the_clients_half(tmp_path):
+    # tcp_proxy through an HTTP/1.1 proxy: the answer is lost, and its place is taken by a clean end.
+    config = """
+static_resources:
+  listeners:
+  - name: in
+    address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.tcp_proxy
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
+          stat_prefix: "in"
+          cluster: proxy
+          tunneling_config: {{hostname: "10.0.0.1:80"}}
+  clusters:
+  - name: proxy
+    load_assignment:
+      cluster_name: proxy
+      endpoints:
+      - lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]
+"""
+
+    def tunnel(sock, seen):
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += sock.recv(1)
+        assert head.startswith(b"CONNECT 10.0.0.1:80 HTTP/1.1\r\n")
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        sink(sock, seen)
+
+    with (
+        Backend(tunnel) as proxy,
+        Envoy(config.format(port=proxy.port), tmp_path) as envoy,
+        dial(envoy.port("in")) as sock,
+    ):
+        outcome = exchange(sock, 1000)
+        assert (outcome.received, outcome.end) == (0, "eof")
+        assert proxy.wait_connection().received == 1000
 
 
 def test_envoy_says_goaway_and_finishes_its_tunnels(pki, tmp_path):
