@@ -106,7 +106,7 @@ class _Json:
             "counters": demo.counters,
             "access_log": demo.access_log,
             "ports": demo.ports,
-            "mesh": str(demo.mesh_file),
+            "mesh": str(demo.mesh_file) if demo.mesh_file is not None else None,
         }
         click.echo(json.dumps(document, indent=2))
 

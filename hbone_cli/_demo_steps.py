@@ -197,8 +197,9 @@ class Demo:
         self.b: Child
         self.app: Child
         self.ports: dict[str, dict[str, int]] = {}
-        self.mesh_file: Path
+        self.mesh_file: Path | None = None
         self._host = ""
+        self._mesh = ""
 
     def __enter__(self) -> Demo:
         return self
@@ -287,8 +288,8 @@ class Demo:
             self.app.run(directory, "app", self._host)
             app = _port(self.app.address("app"))
             self.mesh_file = directory / "mesh.yaml"
-            mesh = _MESH.format(host=self._host, port=app, hostname=HOSTNAME, vip=VIP)
-            self._write_mesh(mesh)
+            self._mesh = _MESH.format(host=self._host, port=app, hostname=HOSTNAME, vip=VIP)
+            self._write_mesh(self._mesh)
             b = ("--inbound", f"{self._host}:0", "--socks5", "off")
             self.b.run(directory, *_node("shop/web-0/web"), *b)
             hbone = _port(self.b.address("inbound"))
@@ -324,6 +325,7 @@ class Demo:
 
     def _write_mesh(self, text: str) -> None:
         # Renamed, so that nobody reads half of it.
+        assert self.mesh_file is not None
         new = self.mesh_file.with_suffix(".new")
         new.write_text(text)
         new.replace(self.mesh_file)
@@ -470,11 +472,10 @@ class Demo:
     def _change(self) -> None:
         """A connection is open when a policy comes that denies it; then that policy goes."""
         with self._doing("a policy is added to the mesh file while a connection is open"):
-            mesh = self.mesh_file.read_text()
             with self._connection() as connection:
                 self._greeting(connection)
                 began = time.monotonic()
-                self._write_mesh(mesh + _CLOSED)
+                self._write_mesh(self._mesh + _CLOSED)
                 try:
                     self._check(connection.sock.recv(1) == b"", "bytes came that nobody had asked for")
                 except ConnectionResetError:
@@ -485,7 +486,7 @@ class Demo:
             line = self._logged(5 + CONNECTIONS, 6 + CONNECTIONS)
             why = _error(line)
             self._check(why.endswith(": shop/closed-today"), f"node b's log does not say so: {line}")
-            self._write_mesh(mesh)
+            self._write_mesh(self._mesh)
             self.b.wait_note("mesh changed", 2)
             with self._connection() as connection:
                 self._greeting(connection)
