@@ -324,6 +324,12 @@ TRAPS = (
         ("routing/test_inbound.py::test_find_inbound_upstream",),
     ),
     Trap(
+        "A peer is the workload that the mesh has at its address, whatever identity it has proved.",
+        "Unless that workload has another identity than was proved; then it is what its baggage says.",
+        True,
+        ("proxy/test_node_inbound.py::test_the_source",),
+    ),
+    Trap(
         "A `traceparent` of the right length is taken to have its dashes.",
         "Whatever is not a `traceparent` is ignored.",
         True,
