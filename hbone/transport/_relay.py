@@ -207,8 +207,9 @@ class Link:
         return trio.lowlevel.Abort.SUCCEEDED
 
     def detach(self) -> None:
-        """Let go of the pump."""
+        """Let go of the pump, and of the tunnel, which knows us: without a cycle both are gone with their relay."""
         self._finish()
+        del self._tunnel
 
     async def finish_writing(self) -> None:
         """Write what is left when the tunnel is over: by the relay's own task, as the pump ends with its session."""
@@ -232,7 +233,7 @@ class Link:
             elif self.linger and self.write_ended:
                 await let_it_read(self._sock)
         except OSError as exc:
-            self.error = self.error or exc
+            self.error = self.error or exc.with_traceback(None)
 
     # === tunnel to socket ===
 
@@ -380,7 +381,7 @@ class Link:
             self._finish()
 
     def _socket_failed(self, exc: OSError) -> None:
-        self.error = exc
+        self.error = exc.with_traceback(None)  # which has us in its frames
         self._pending = None
         tunnel = self._tunnel
         if tunnel.stream.open:

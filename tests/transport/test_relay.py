@@ -11,6 +11,7 @@ import gc
 import os
 import socket
 import struct
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,6 +274,39 @@ async def test_nothing_is_left_behind() -> None:
 
 
 # === back-pressure ===
+
+
+@pytest.mark.parametrize("ends", ["well", "by a reset", "cancelled"])
+async def test_what_has_ended_is_gone_at_once(ends: str) -> None:
+    """Without a garbage collection, which would have to walk what is left of thousands of connections."""
+    gone: list[Any] = []
+
+    async def carry(application: trio.SocketStream, sock: socket.socket, tunnel: Any) -> None:
+        async with application:
+            with trio.CancelScope() as scope, trio.fail_after(WAIT):
+                async with trio.open_nursery() as relays:
+                    relays.start_soon(relay, sock, tunnel)
+                    await application.send_all(b"x")
+                    if ends == "well":
+                        await application.send_eof()
+                        await receive_all(application)
+                    elif ends == "by a reset":
+                        reset(application)
+                    else:
+                        scope.cancel()
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with socket_pair() as pair:
+            async with trio.open_nursery() as nursery:
+                for tunnel in await pair.open():
+                    gone.append(weakref.ref(tunnel))
+                    nursery.start_soon(carry, *connected_pair(), tunnel)
+                del tunnel
+        assert [tunnel() for tunnel in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.wire("W-LIM-8", "W-FLOW-3")
