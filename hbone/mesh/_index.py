@@ -38,6 +38,8 @@ __all__ = [
     "ServiceChoice",
     "ServiceIndex",
     "WorkloadIndex",
+    "all_of",
+    "best_of",
     "host_key",
     "ip_key",
     "prefixes",
@@ -154,17 +156,26 @@ def _worse(workload: Workload) -> tuple[bool, bool, str]:
     return "//Pod/" not in workload.uid, workload.protocol is not TunnelProtocol.HBONE, workload.uid
 
 
-def _best_first(workloads: list[Workload]) -> tuple[Workload, ...]:
-    if len(workloads) > 1:
-        workloads.sort(key=_worse)
+_Workloads: TypeAlias = "Workload | tuple[Workload, ...]"
+"""One alone, as nearly all are, or several, best first. A tuple for each would be half of what a garbage collection
+has to walk for a mesh."""
+
+
+def _best_first(workloads: list[Workload]) -> _Workloads:
+    if len(workloads) == 1:
+        return workloads[0]
+    workloads.sort(key=_worse)
     return tuple(workloads)
 
 
-def _same(group: tuple[Workload, ...]) -> tuple[Workload, ...]:
-    return group
+def all_of(group: _Workloads) -> tuple[Workload, ...]:
+    """The workloads of a group, best first."""
+    return group if isinstance(group, tuple) else (group,)
 
 
-_Workloads: TypeAlias = tuple[Workload, ...]
+def best_of(group: _Workloads | None) -> Workload | None:
+    """The best workload of a group, if there is a group."""
+    return group[0] if isinstance(group, tuple) else group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,9 +208,9 @@ class WorkloadIndex:
                     hostnames.put((workload.namespace, host_key(workload.hostname)), uid, member)
                 nodes.put(workload.node, uid, member)
         return WorkloadIndex(
-            by_address=addresses.to_groups(self.by_address, _same, _uid, _best_first),
-            by_name=names.to_groups(self.by_name, _same, _uid, _best_first),
-            by_hostname=hostnames.to_groups(self.by_hostname, _same, _uid, _best_first),
+            by_address=addresses.to_groups(self.by_address, all_of, _uid, _best_first),
+            by_name=names.to_groups(self.by_name, all_of, _uid, _best_first),
+            by_hostname=hostnames.to_groups(self.by_hostname, all_of, _uid, _best_first),
             by_node=nodes.to_tables(self.by_node),
         )
 

@@ -10,7 +10,16 @@ from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar, final
 
-from hbone.mesh._index import EndpointIndex, ServiceIndex, WorkloadIndex, host_key, ip_key, prefixes
+from hbone.mesh._index import (
+    EndpointIndex,
+    ServiceIndex,
+    WorkloadIndex,
+    all_of,
+    best_of,
+    host_key,
+    ip_key,
+    prefixes,
+)
 from hbone.mesh._values import AuthorizationPolicy, NamespacedHostname, Service, Workload
 
 if TYPE_CHECKING:
@@ -175,22 +184,20 @@ class MeshSnapshot:
 
         A workload in its node's network is not found: its address is the node's.
         """
-        found = self._workload_index.by_address.get((network, ip_key(ip)))
-        return None if found is None else found[0]
+        return best_of(self._workload_index.by_address.get((network, ip_key(ip))))
 
     def find_workload(
         self, namespace: str, name: str, service_account: str, node: str | None = None
     ) -> Workload | None:
         """The workload of this name; with `node`, only if it is there. Several are ranked as for an address."""
-        for workload in self._workload_index.by_name.get((namespace, name, service_account), ()):
+        for workload in all_of(self._workload_index.by_name.get((namespace, name, service_account), ())):
             if node is None or workload.node == node:
                 return workload
         return None
 
     def workload_by_hostname(self, namespace: str, hostname: str) -> Workload | None:
         """The workload that is known by this host name in a namespace. Several are ranked as for an address."""
-        found = self._workload_index.by_hostname.get((namespace, host_key(hostname)))
-        return None if found is None else found[0]
+        return best_of(self._workload_index.by_hostname.get((namespace, host_key(hostname))))
 
     def workloads_on_node(self, node: str | None) -> tuple[Workload, ...]:
         """The workloads of a node, of all nodes when None, by uid. Takes time for as many as there are."""
