@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from json.encoder import encode_basestring_ascii
 from typing import Final
 
 from hbone.admin._server import AdminResponse
@@ -12,7 +13,7 @@ __all__ = ["json_pieces", "json_response"]
 
 _INDENT: Final = "  "
 _PIECE: Final = 16 * 1024
-_encode = json.JSONEncoder(indent=len(_INDENT), sort_keys=True, default=str).encode
+_encode = json.JSONEncoder(default=str).encode
 
 
 def json_response(value: object, *, status: int = 200) -> AdminResponse:
@@ -24,8 +25,8 @@ def json_pieces(value: object) -> Iterator[bytes]:
     """`value` as pretty-printed JSON with sorted keys and a line end, in pieces of some 16 KiB.
 
     In a mapping (or a mapping in it, and so on) an iterator may stand for a list: its items are asked for one at a
-    time as the text is, so that ten thousand of them never have to be there at once. What JSON does not know is shown
-    as its `str`.
+    time as the text is, so that ten thousand of them never have to be there at once. So are the values of a mapping.
+    What JSON does not know is shown as its `str`.
     """
     waiting: list[str] = []
     size = 0
@@ -64,5 +65,20 @@ def _block(brackets: str, items: Iterable[tuple[str, object]], line: str, *, lea
 
 
 def _leaf(value: object, line: str) -> str:
-    # No line end is inside a string: JSON writes it as \\n.
-    return _encode(value).replace("\n", line)
+    """All of a value at once.
+
+    Not by `json`, whose indented form is made by a dozen functions that are made for each value, and refer to each
+    other: what is left of one dump of a large mesh is a million objects that only a garbage collection removes.
+    """
+    kind = type(value)
+    if kind is str:
+        return encode_basestring_ascii(value)  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        inner = line + _INDENT
+        items = [f"{_encode(str(key))}: {_leaf(value[key], inner)}" for key in sorted(value, key=str)]
+        return f"{{{inner}{f',{inner}'.join(items)}{line}}}" if items else "{}"
+    if isinstance(value, list | tuple | Iterator):
+        inner = line + _INDENT
+        items = [_leaf(item, inner) for item in value]
+        return f"[{inner}{f',{inner}'.join(items)}{line}]" if items else "[]"
+    return _encode(value)
