@@ -14,7 +14,21 @@ from support.command import WAIT, environment, files, hbone
 
 from hbone_cli import cli
 
-COMMANDS = ["inbound", "outbound", "connect", "ca", "ca init", "ca issue", "ca show", "mesh", "mesh check", "mesh schema", "completion"]
+COMMANDS = [
+    "inbound",
+    "outbound",
+    "connect",
+    "ca",
+    "ca init",
+    "ca issue",
+    "ca show",
+    "node",
+    "explain",
+    "mesh",
+    "mesh check",
+    "mesh schema",
+    "completion",
+]
 
 
 def run(*words, **options):
