@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import trio
 
+from hbone.control._collector import full_collections_wait
 from hbone.errors import MeshConfigError, MeshFault
 from hbone.mesh import ParsedMesh, parse_mesh, read_mesh_file
 
@@ -118,11 +119,12 @@ class FileMeshSource:
         """
         # Taken before the file is read: a change in between is then seen as a change.
         self._seen = await _in_thread(partial(_signature, self._path))
-        read = await _in_thread(partial(_read, self._path, self._state.snapshot))
-        assert read is not None
-        if read.parsed.faults:
-            raise MeshConfigError(read.parsed.faults)
-        await self._take(read)
+        with full_collections_wait():
+            read = await _in_thread(partial(_read, self._path, self._state.snapshot))
+            assert read is not None
+            if read.parsed.faults:
+                raise MeshConfigError(read.parsed.faults)
+            await self._take(read)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the file until cancelled. Faults are reported, never raised."""
@@ -133,16 +135,21 @@ class FileMeshSource:
             if seen == self._seen:
                 continue
             seen = await self._settled(seen)
-            read = await _in_thread(partial(_read, self._path, self._state.snapshot, digest=self._digest, pause=_pause))
-            if await _in_thread(partial(_signature, self._path)) != seen:
-                continue  # changed meanwhile: once more
-            self._seen = seen
-            if read is None:
-                continue
-            try:
-                await self._take(read)
-            except ExceptionGroup:  # the mesh is in force, and all others have been told
-                _log.exception("somebody could not take the new mesh")
+            with full_collections_wait():
+                await self._follow(seen)
+
+    async def _follow(self, seen: _Signature) -> None:
+        """Read the file again, and take what is in it unless it changes meanwhile."""
+        read = await _in_thread(partial(_read, self._path, self._state.snapshot, digest=self._digest, pause=_pause))
+        if await _in_thread(partial(_signature, self._path)) != seen:
+            return
+        self._seen = seen
+        if read is None:
+            return
+        try:
+            await self._take(read)
+        except ExceptionGroup:  # the mesh is in force, and all others have been told
+            _log.exception("somebody could not take the new mesh")
 
     async def _settled(self, seen: _Signature) -> _Signature:
         while True:

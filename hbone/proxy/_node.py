@@ -29,7 +29,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -39,6 +39,7 @@ import trio
 from hbone.address import Endpoint
 from hbone.admin import AdminServer, Readiness, json_response, logging_route, quit_route, standard_routes
 from hbone.certs import FileSvidSource, LocalCA, SvidManager, SvidState, local_ca_issuer
+from hbone.control import full_collections_wait
 from hbone.errors import (
     CertificateUnavailable,
     ConfigError,
@@ -291,8 +292,11 @@ class Node:
     async def _follow_mesh(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Takes over the newest snapshot that has come, when its policies are prepared."""
         changed = trio.Event()
+        waiting = ExitStack()
 
         def note(_old: MeshSnapshot, _new: MeshSnapshot) -> None:
+            # Not only while the file is read: until the old mesh is gone.
+            waiting.enter_context(full_collections_wait())
             changed.set()
 
         unsubscribe = self._coming.subscribe(note)
@@ -301,9 +305,11 @@ class Node:
             while True:
                 await changed.wait()
                 changed = trio.Event()
-                await self._take(self._coming.snapshot)
+                with waiting.pop_all():
+                    await self._take(self._coming.snapshot)
         finally:
             unsubscribe()
+            waiting.close()
 
     async def _take(self, snapshot: MeshSnapshot) -> None:
         await self._prepare(snapshot)

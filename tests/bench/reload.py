@@ -388,11 +388,11 @@ class Worker:
 @contextlib.contextmanager
 def application() -> Iterator[tuple[int, list[int]]]:
     """Gives its port, of which the next one is its, too, and its processes."""
-    apps: list[subprocess.Popen[str]] = []
+    apps: list[subprocess.Popen[bytes]] = []
 
     def start(number: int) -> bool:
         command = [sys.executable, LOAD, "serve", f"127.0.0.1:{number}"]
-        app = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        app = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         apps.append(app)
         assert app.stdout is not None
         return bool(app.stdout.readline())
