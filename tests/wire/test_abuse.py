@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -374,22 +375,21 @@ def test_more_data_than_the_window():
             assert first.code in (Code.FLOW_CONTROL_ERROR, Code.ENHANCE_YOUR_CALM)
 
 
-@pytest.mark.parametrize("bytes_sent", [b"", bytes.fromhex("16030106000100")], ids=["nothing", "half_a_hello"])
-@pytest.mark.wire("W-LIM-9")
-def test_stalled_handshakes(bytes_sent):
-    with under_attack(timeouts={"handshake": PATIENT, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
+# === who stalls ===
+
+
+def stall_in_the_handshake(server, raw):
+    with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(server.dial(handshake=False)) for _ in range(50)]
         for peer in peers:
-            peer.sock.send(bytes_sent) if bytes_sent else None
+            peer.sock.send(raw) if raw else None
         for peer in peers:
             assert peer.wait_end() in ("eof", "reset", "alert", "close_notify")
 
 
-@pytest.mark.parametrize("stage", ["nothing", "half_a_preface", "preface_only", "drip"])
-def test_stalled_preface(stage):
-    with under_attack(timeouts={"settings": PATIENT, "close": 0.5}) as (server, _), contextlib.ExitStack() as stack:
+def stall_in_the_preface(server, raw):
+    with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(server.dial(quiet=True)) for _ in range(20)]
-        raw = {"nothing": b"", "half_a_preface": frames.PREFACE[:12], "preface_only": frames.PREFACE}.get(stage)
         if raw is None:  # a byte now and then does not buy more time
             with contextlib.suppress(Ended):
                 for byte in frames.PREFACE + frames.settings()[:8]:
@@ -403,28 +403,83 @@ def test_stalled_preface(stage):
             peer.wait_end()
 
 
-@pytest.mark.wire("W-LIM-9")
-def test_no_connect_ever():
-    timeouts = {"first_request": PATIENT, "close": 0.5}
-    with under_attack(timeouts=timeouts) as (server, _), server.dial() as peer:
+def ask_for_nothing(server):
+    with server.dial() as peer:
         peer.open()
         cut_off(peer, Code.NO_ERROR)
 
 
-@pytest.mark.wire("W-PING-3")
-def test_no_answer_to_ping():
-    timeouts = {"ping_interval": 0.3, "ping_timeout": PATIENT, "close": 0.5}
-    with under_attack(timeouts=timeouts) as (server, app), server.dial() as peer:
+def answer_no_ping(server, app):
+    with server.dial() as peer:
         peer.open()
         assert peer.tunnel(1, app.target) == 200
         peer.ack_pings = False
         peer.wait_end()
 
 
+@pytest.fixture(scope="module")
+def stalled():
+    """What became of each kind of client that stalls. Each has to wait, so they wait at the same time."""
+    times = dict.fromkeys(("handshake", "settings", "first_request", "ping_timeout"), PATIENT)
+    ended = {}
+    with under_attack(timeouts={**times, "ping_interval": 0.3, "close": 0.5}) as (server, app):
+        kinds = {
+            "nothing of a handshake": partial(stall_in_the_handshake, server, b""),
+            "half a hello": partial(stall_in_the_handshake, server, bytes.fromhex("16030106000100")),
+            "nothing": partial(stall_in_the_preface, server, b""),
+            "half_a_preface": partial(stall_in_the_preface, server, frames.PREFACE[:12]),
+            "preface_only": partial(stall_in_the_preface, server, frames.PREFACE),
+            "drip": partial(stall_in_the_preface, server, None),
+            "no request": partial(ask_for_nothing, server),
+            "no ping": partial(answer_no_ping, server, app),
+        }
+
+        def stall(kind):
+            try:
+                kinds[kind]()
+                ended[kind] = None
+            except BaseException as error:
+                ended[kind] = error
+
+        threads = [threading.Thread(target=stall, args=[kind], daemon=True) for kind in kinds]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * WAIT)
+
+    def check(kind):
+        error = ended.get(kind, TimeoutError("it has not ended"))
+        if error is not None:
+            raise error
+
+    return check
+
+
+@pytest.mark.parametrize("kind", ["nothing of a handshake", "half a hello"])
+@pytest.mark.wire("W-LIM-9")
+def test_stalled_handshakes(stalled, kind):
+    stalled(kind)
+
+
+@pytest.mark.parametrize("stage", ["nothing", "half_a_preface", "preface_only", "drip"])
+def test_stalled_preface(stalled, stage):
+    stalled(stage)
+
+
+@pytest.mark.wire("W-LIM-9")
+def test_no_connect_ever(stalled):
+    stalled("no request")
+
+
+@pytest.mark.wire("W-PING-3")
+def test_no_answer_to_ping(stalled):
+    stalled("no ping")
+
+
 @pytest.mark.wire("W-LIM-7", "W-LIM-10")
 def test_a_peer_that_never_reads():
     # It asks for downloads without end, grants all the credit there is, and reads nothing.
-    timeouts = {"ping_interval": 1.0, "ping_timeout": PATIENT, "close": 0.5}
+    timeouts = {"ping_interval": 0.3, "ping_timeout": PATIENT, "close": 0.5}
     with Backend(generate(64 * MIB)) as app, under_attack(timeouts=timeouts) as (server, _):
         with server.dial(receive_buffer=4096) as peer:
             peer.open({Setting.INITIAL_WINDOW_SIZE: 2**31 - 1, Setting.MAX_FRAME_SIZE: 2**24 - 1})
@@ -469,8 +524,10 @@ def test_ten_thousand_half_open_connections():
                 held.append(sock)
                 if n % 500 == 499:
                     time.sleep(0.01)
+            for sock in held[1000:]:
+                sock.close()
             deadline = time.monotonic() + WAIT
-            with contextlib.suppress(TimeoutError):  # a newcomer gets in as soon as the stalled ones time out
+            with contextlib.suppress(TimeoutError):  # a newcomer gets in after the thousand that stall before it
                 while time.monotonic() < deadline:
                     with contextlib.suppress(Ended, OSError), server.dial() as peer:
                         peer.open()
