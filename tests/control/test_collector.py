@@ -45,8 +45,7 @@ def test_what_somebody_else_says_meanwhile_counts() -> None:
         gc.set_threshold(50, 5, 5)
     assert gc.get_threshold() == (50, 5, 5)
     with full_collections_wait():
-        young, middle, full = gc.get_threshold()
-        gc.set_threshold(0, middle, full)
+        gc.set_threshold(0, *gc.get_threshold()[1:])
     assert gc.get_threshold() == (0, 5, 5)
 
 
