@@ -315,9 +315,10 @@ class RawPeer:
             room = min(16_384, self.stream_credit(stream), self.credit[0])
             if room <= 0:
                 self.fence()
-                with contextlib.suppress(TimeoutError):
-                    self._fill(time.monotonic() + 0.05, "credit")
-                idle += self.stream_credit(stream) <= 0 or self.credit[0] <= 0
+                if self.stream_credit(stream) <= 0 or self.credit[0] <= 0:
+                    with contextlib.suppress(TimeoutError):
+                        self._fill(time.monotonic() + 0.05, "credit")
+                    idle += self.stream_credit(stream) <= 0 or self.credit[0] <= 0
                 continue
             idle = 0
             self._spend(stream, room)
