@@ -56,6 +56,7 @@ class FileMeshStatus:
         services: how many good ones are in it.
         policies: how many good ones are in it.
         faults: what is wrong in it. Then what is in force is older than the file, in whole or in part.
+        used: whether what is right in it is in force; if not, nothing of it is.
         warnings: what is no fault but will hardly do what was meant.
     """
 
@@ -66,6 +67,7 @@ class FileMeshStatus:
     services: int = 0
     policies: int = 0
     faults: tuple[MeshFault, ...] = ()
+    used: bool = True
     warnings: tuple[MeshFault, ...] = ()
 
 
@@ -81,6 +83,8 @@ class FileMeshSource:
         state: what to keep up to date.
         on_faults: called in trio's thread with what is wrong in the file, whenever that has changed; with nothing when
             all is well again.
+        on_read: called in trio's thread each time that the file has been read, whatever came of it, before what is in
+            it is in force.
         poll_interval: seconds between two looks at the file.
         now: tells the wall time, for the status.
     """
@@ -91,6 +95,7 @@ class FileMeshSource:
         state: MeshState,
         *,
         on_faults: Callable[[tuple[MeshFault, ...]], object],
+        on_read: Callable[[FileMeshStatus], object] | None = None,
         poll_interval: float = 1.0,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
@@ -99,6 +104,7 @@ class FileMeshSource:
         self._path = Path(path)
         self._state = state
         self._on_faults = on_faults
+        self._on_read = on_read
         self._poll_interval = poll_interval
         self._now = now
         self._seen: _Signature = None
@@ -173,8 +179,11 @@ class FileMeshSource:
             services=len(parsed.services),
             policies=len(parsed.policies),
             faults=parsed.faults,
+            used=parsed.readable,
             warnings=parsed.warnings,
         )
+        if self._on_read is not None:
+            self._on_read(self._status)
         if parsed.faults != before.faults:
             self._on_faults(parsed.faults)
         for warning in parsed.warnings:

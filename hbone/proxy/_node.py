@@ -262,7 +262,11 @@ class Node:
             from hbone.control import FileMeshSource
 
             self._source = FileMeshSource(
-                config.mesh, self._coming, on_faults=self._mesh_faults, poll_interval=config.mesh_interval
+                config.mesh,
+                self._coming,
+                on_faults=self._mesh_faults,
+                on_read=lambda status: self.metrics.mesh_read(len(status.faults), used=status.used),
+                poll_interval=config.mesh_interval,
             )
             await self._source.load()
         else:
@@ -627,6 +631,7 @@ class Node:
                 "readAt": f"{status.read_at:%Y-%m-%dT%H:%M:%SZ}" if status.read_at is not None else None,
                 "seconds": round(status.seconds, 3),
                 "services": status.services,
+                "used": status.used,
                 "warnings": list(map(str, status.warnings)),
                 "workloads": status.workloads,
             }

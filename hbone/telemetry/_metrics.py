@@ -163,6 +163,8 @@ class Metrics:
         self._connects: dict[str, _Histogram] = {}
         self._refusals: dict[tuple[str, str], int] = {}
         self._verdicts: dict[tuple[str, str], int] = {}
+        self._mesh_reads: dict[tuple[str], int] = {}
+        self._mesh_faults: int | None = None
         self._sessions: dict[int, tuple[str, Session]] = {}
         self._sockets_open: dict[str, int] = {}
         self._sockets: list[tuple[str, Callable[[], int]]] = []
@@ -286,6 +288,19 @@ class Metrics:
         """
         key = (verdict if verdict in _VERDICTS else OTHER, "true" if dry_run else "false")
         self._verdicts[key] = self._verdicts.get(key, 0) + 1
+
+    # -- the mesh file ------------------------------------------------------------------------------------------------
+
+    def mesh_read(self, faults: int, *, used: bool) -> None:
+        """Counts a reading of the mesh file.
+
+        Args:
+            faults: how many are in it now.
+            used: whether what is right in it is in force.
+        """
+        key = (("partial" if used else "failed") if faults else "ok",)
+        self._mesh_reads[key] = self._mesh_reads.get(key, 0) + 1
+        self._mesh_faults = faults
 
     # -- others' numbers; asked at each scrape ------------------------------------------------------------------------
 
@@ -418,6 +433,13 @@ class Metrics:
             ("verdict", "dry_run"),
             self._verdicts,
         )
+        yield _counter(
+            "hbone_mesh_reads", "Readings of the mesh file, by what came of them.", ("result",), self._mesh_reads
+        )
+        faults = Family("hbone_mesh_faults", "gauge", "What is wrong in the mesh file now.")
+        if self._mesh_faults is not None:
+            faults.add((), (), self._mesh_faults)
+        yield faults
         yield from self._collect_pools()
         for name, reading in self._readings.items():
             family = Family(name, "counter" if reading.counter else "gauge", reading.documentation)
@@ -504,7 +526,12 @@ def _by_role(name: str, documentation: str, values: dict[str, int]) -> Family:
     return family
 
 
-def _counter(name: str, documentation: str, labels: tuple[str, str], values: Mapping[tuple[str, str], int]) -> Family:
+def _counter(
+    name: str,
+    documentation: str,
+    labels: tuple[str, ...],
+    values: Mapping[tuple[str, str], int] | Mapping[tuple[str], int],
+) -> Family:
     family = Family(name, "counter", documentation)
     for key, value in values.items():
         family.add(labels, key, value)

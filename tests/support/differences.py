@@ -169,6 +169,11 @@ METRICS = (
     ),
     _more("b / metrics / hbone_policy_verdicts / **", "decisions, dry runs too", "What policies do, before they do it"),
     _more(
+        "{a,b} / metrics / {hbone_mesh_reads,hbone_mesh_faults} / **",
+        "readings of the mesh file, and what is wrong in it",
+        "ztunnel reads it once; here it may change",
+    ),
+    _more(
         "a / metrics / {hbone_pool_sessions,hbone_pool_tunnels,hbone_pool_waiting,hbone_pool_dials,"
         "hbone_pool_dials_failed,hbone_pool_requests,hbone_pool_reused,hbone_pool_retried} / **",
         "of the connection pools",

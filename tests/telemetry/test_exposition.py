@@ -80,6 +80,7 @@ def busy() -> Metrics:
     metrics.handshake_finished("client", 0.002)
     metrics.handshake_finished("server", 0.002, IdentityRefused("no"))
     metrics.policy_verdict("deny")
+    metrics.mesh_read(1, used=True)
     metrics.add_pool(lambda: pool(ready=1, dials=2))
     metrics.add_reading("hbone_access_log_dropped", "Lost.", lambda: 3, counter=True)
     return metrics
@@ -125,6 +126,8 @@ def test_both_formats_are_valid_and_say_the_same(openmetrics: bool) -> None:
         "hbone_handshake_duration_seconds",
         "hbone_handshake_failures",
         "hbone_policy_verdicts",
+        "hbone_mesh_reads",
+        "hbone_mesh_faults",
         "hbone_pool_sessions",
         "hbone_pool_tunnels",
         "hbone_pool_waiting",
@@ -280,6 +283,17 @@ def test_policy_verdicts() -> None:
     assert number(metrics, name, verdict="deny", dry_run="false") == 2
     assert number(metrics, name, verdict="deny", dry_run="true") == 1
     assert number(metrics, name, verdict="other", dry_run="false") == 1
+
+
+def test_readings_of_the_mesh_file() -> None:
+    metrics = Metrics()
+    assert number(metrics, "hbone_mesh_faults") is None
+    for faults, used in ((0, True), (3, True), (2, False), (7, False)):
+        metrics.mesh_read(faults, used=used)
+    assert [number(metrics, "hbone_mesh_reads_total", result=name) for name in ("ok", "partial", "failed")] == [1, 1, 2]
+    assert number(metrics, "hbone_mesh_faults") == 7
+    metrics.mesh_read(0, used=True)
+    assert number(metrics, "hbone_mesh_faults") == 0
 
 
 def test_buffers_of_the_sessions_that_are_open() -> None:
