@@ -1,16 +1,11 @@
-"""Wrong mesh files: what is said of each, and that a running mesh stays as it was when its file becomes like that.
-
-Most cases are in ``wrong_files.txt``; those that cannot be written there are here.
-"""
+"""Wrong mesh files: what is said of each, and that a running mesh stays as it was when its file becomes like that."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.wrong_meshes import CASES, RUNNING, Case, over
 
 import hbone.mesh._file
 import hbone.mesh._file_yaml
@@ -18,78 +13,7 @@ from hbone import MeshConfigError, MeshFault
 from hbone.mesh import load_mesh, parse_mesh, read_mesh_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-# Entries of the same names are in the cases.
-RUNNING = {
-    "workloads": """
-workloads:
-- {uid: a, namespace: shop, workloadIps: [10.0.0.1], services: {}}
-""",
-    "services": """
-services:
-- {name: stock, namespace: shop, hostname: stock.shop, vips: [/10.96.0.1], ports: {80: 8080}}
-""",
-    "policies": """
-policies:
-- {name: p, namespace: shop, scope: Global, action: Deny, dryRun: false, rules: [[[{}]]]}
-""",
-}
-WORKLOAD = "workloads:\n- {uid: a, namespace: shop, workloadIps: [10.0.0.1], services: {}, %s}\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    name: str
-    text: str | bytes
-    faults: tuple[str, ...]
-    """How each begins, after the name of the file and a colon."""
-    readable: bool
-    """Whether the fault is an entry's, not the whole file's."""
-
-
-def written_cases() -> Iterator[Case]:
-    for block in Path(__file__).with_name("wrong_files.txt").read_text("utf-8").split("\n==== ")[1:]:
-        name, _, rest = block.partition("\n#### ")[0].partition("\n")
-        text, *said = re.split("^>>> ", rest, flags=re.M)
-        yield Case(
-            name=name,
-            text=text,
-            faults=tuple(line.removeprefix("FILE ").strip() for line in said),
-            readable=not said[0].startswith("FILE "),
-        )
-
-
-def case(name: str, text: str | bytes, *faults: str, readable: bool = False) -> Case:
-    return Case(name=name, text=text, faults=faults, readable=readable)
-
-
-CASES = [
-    *written_cases(),
-    case("not UTF-8", b"workloads:\n- name: \xff\xfe\n", "2:9: expected a text in UTF-8:"),
-    case("not UTF-8 after other letters", b"# \xc3\xa4\xc3\xb6 \xff\n{}\n", "1:6: expected a text in UTF-8:"),
-    case("a program", b"\x7fELF\x02\x01\x01\x00\x00", "1:1: expected a text in UTF-8:"),
-    case("a NUL", b"workloads:\n- name: a\0b\n", "2:10: expected a text in UTF-8:"),
-    case("UTF-16 that was cut", b"\xff\xfew\x00o", " expected a text in UTF-8:"),
-    case("half a letter", "workloads:\n- name: \ud800\n", " expected a text in UTF-8:"),
-    case("a tab", "workloads:\n\t- uid: a\n", "2:1: expected YAML:"),
-    case(
-        "a control character",
-        WORKLOAD % r'node: "a\nb"',
-        r"2:74: workloads[0].node: expected a text without control characters, not 'a\nb'",
-        readable=True,
-    ),
-    case(
-        "a long text",
-        WORKLOAD % f"node: {'a' * 1001}",
-        "2:74: workloads[0].node: expected a text of at most 1000 characters",
-        readable=True,
-    ),
-    case("deep", "workloads:\n- " + "[" * 50 + "]" * 50, "2:35: workloads[0][0][0]"),
-    case("deep without an end", "workloads:\n- uid: " + "[" * 100_000, "2:39: workloads[0].uid[0][0]"),
-    case("deep blocks", "workloads:\n" + "- " * 100_000, "2:67: workloads[0][0][0]"),
-    case("directives", "".join(f"%TAG !{number}! x\n" for number in range(100_000)), "1:1: expected no %TAG"),
-]
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -104,12 +28,8 @@ def test_every_fault_has_its_place_and_what_was_expected(case: Case) -> None:
 def test_a_running_mesh_stays_as_it_was(case: Case) -> None:
     running = parse_mesh("".join(RUNNING.values()))
     assert running.faults == ()
-    text = case.text
-    if case.readable:  # the other sections stay as they are
-        assert isinstance(text, str)
-        text += "".join(section for name, section in RUNNING.items() if not re.search(f"^{name}:", text, re.M))
     snapshot = running.snapshot()
-    parsed = parse_mesh(text, previous=snapshot)
+    parsed = parse_mesh(over(case, RUNNING), previous=snapshot)
     assert parsed.faults
     after = parsed.snapshot_after(snapshot)
     assert after.workloads is snapshot.workloads
