@@ -6,14 +6,13 @@ import errno
 import io
 import json
 import socket
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import trio
 import trio.testing
-from support.meshes import policy, service, workload
+from support.meshes import policy, workload
+from support.whole_nodes import NAME, VIP, WAIT, application, connect, dump, end_of, fetch, mesh, node_config, read
 
 from hbone.certs import LocalCA, write_svid
 from hbone.errors import ConfigError, InvalidCertificate, ListenFailed, MeshConfigError
@@ -27,12 +26,8 @@ from hbone.mesh import (
     StringMatchKind,
     TunnelProtocol,
 )
-from hbone.proxy import ListenAddress, Node, NodeConfig, ProxyMode, WorkloadInfo
+from hbone.proxy import ListenAddress, Node, ProxyMode, WorkloadInfo
 from hbone.telemetry import AccessLog, LogLevels, log_to
-
-ANY = ListenAddress("127.0.0.1", 0)
-WAIT = 60
-VIP, NAME = "10.96.0.20", "web.shop.svc.cluster.local"
 
 
 @pytest.fixture(autouse=True)
@@ -50,40 +45,7 @@ def ca_dir(tmp_path_factory):
 
 @pytest.fixture
 def config(ca_dir):
-    names = ("outbound", "plaintext", "inbound", "socks5", "http_proxy", "admin", "stats", "readiness")
-    return NodeConfig(fake_ca=True, ca_dir=ca_dir, hbone_port=0, orig_src=False, **dict.fromkeys(names, ANY))
-
-
-@asynccontextmanager
-async def application():
-    """Echoes, and says so first."""
-
-    async def serve(stream):
-        try:
-            await stream.send_all(b"hello ")
-            async for data in stream:
-                await stream.send_all(data)
-            await stream.send_eof()
-        except trio.BrokenResourceError:
-            pass
-
-    async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
-        yield listeners[0].socket.getsockname()[1]
-        nursery.cancel_scope.cancel()
-
-
-def mesh(port, *policies, **fields):
-    local = workload(
-        "c//Pod/shop/web-0",
-        "127.0.0.1",
-        protocol=TunnelProtocol.HBONE,
-        service_account="web",
-        workload_name="web",
-        endpoint_of={f"shop/{NAME}": {80: port}},
-        **fields,
-    )
-    return MeshSnapshot.build([local], [service(f"shop/{NAME}", f"/{VIP}", ports={80: port})], policies)
+    return node_config(ca_dir)
 
 
 def denying(name="shop/no-web"):
@@ -91,64 +53,6 @@ def denying(name="shop/no-web"):
     clause: Clause = (match,)
     rule: Rule = (clause,)
     return policy(name, scope=Scope.NAMESPACE, rules=(rule,))
-
-
-async def connect(node, host, port):
-    endpoint = node.addresses["socks5"][0]
-    stream = await trio.open_tcp_stream(str(endpoint.ip), endpoint.port)
-    name = host.encode()
-    await stream.send_all(b"\5\1\0" + b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big"))
-    reply = await read(stream, 12)
-    if reply[3]:
-        await stream.aclose()
-        raise ConnectionError(f"SOCKS5 says {reply[3]}")
-    return stream
-
-
-async def read(stream, count):
-    data = b""
-    while len(data) < count:
-        got = await stream.receive_some(count - len(data))
-        assert got, f"ended after {data!r}"
-        data += got
-    return data
-
-
-async def end_of(stream):
-    """How the other side ends it."""
-    try:
-        while await stream.receive_some():
-            pass
-    except trio.BrokenResourceError:
-        return "reset"
-    return "eof"
-
-
-async def fetch(node, listener, path, method="GET"):
-    """Status and body."""
-    endpoint = node.addresses[listener][0]
-    async with await trio.open_tcp_stream(str(endpoint.ip), endpoint.port) as stream:
-        await stream.send_all(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        answer = b""
-        async for data in stream:
-            answer += data
-    head, _, body = answer.partition(b"\r\n\r\n")
-    if b"chunked" in head:
-        body = b"".join(dechunked(body))
-    return int(head.split()[1]), body.decode()
-
-
-def dechunked(body):
-    while body:
-        size, _, body = body.partition(b"\r\n")
-        yield body[: int(size, 16)]
-        body = body[int(size, 16) + 2 :]
-
-
-async def dump(node):
-    status, body = await fetch(node, "admin", "/config_dump")
-    assert status == 200
-    return json.loads(body)
 
 
 # === a start, a connection, the pages ===
