@@ -1,4 +1,4 @@
-"""Hypothesis profiles: the default finds the same examples in every run; ``fuzz`` looks for new ones."""
+"""Hypothesis profiles: the default tries the same few examples in every run; ``fuzz`` looks for new ones, long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from hypothesis import HealthCheck, settings
 
 # Deadlines and the speed of drawing measure the machine, not the code.
 settings.register_profile(
-    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "default",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
 )
 settings.register_profile(
     "fuzz",

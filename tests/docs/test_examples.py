@@ -36,14 +36,15 @@ def installed() -> bool:
 ENV = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in EXAMPLES.glob("test_*.py")))
-def test_example_passes(file: str, tmp_path: Path) -> None:
+def test_examples_pass(tmp_path: Path) -> None:
+    files = [str(path) for path in sorted(EXAMPLES.glob("test_*.py"))]
+    assert len(files) > 3
     finder = [] if installed() else ["-p", "hbone.testing.plugin"]
     environment = ENV if installed() else ENV | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *finder),
-            *("-c", os.devnull, "--rootdir", str(EXAMPLES), "--basetemp", str(tmp_path / "run"), str(EXAMPLES / file)),
+            *("-c", os.devnull, "--rootdir", str(EXAMPLES), "--basetemp", str(tmp_path / "run"), *files),
         ],
         env=environment | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
