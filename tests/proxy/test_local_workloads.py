@@ -67,7 +67,7 @@ def test_whose_an_address_is(options, found) -> None:
         ({"dedicated": INFO}, {"cart-0"}),
         ({"dedicated": INFO, "node": "b"}, set()),
     ],
-    ids=str,
+    ids=["all", "of one node", "of a node without any", "dedicated", "dedicated to one of elsewhere"],
 )
 def test_whom_a_node_serves(options, served) -> None:
     assert set(names(*LocalWorkloads(state(), **options).served())) == served
