@@ -120,9 +120,13 @@ def command(*, config_file: str | None, json: bool, **given: str | None) -> None
     raise_file_limit()
     # While a thread reads a large mesh file, the event loop waits this long for the interpreter each time that it has
     # been away from it; a small request is several such times under way.
+    usual = sys.getswitchinterval()
     sys.setswitchinterval(0.0002)
-    # Without --json the log says it all.
-    trio.run(_run, config, Reporter(as_json=json, events=json))
+    try:
+        # Without --json the log says it all.
+        trio.run(_run, config, Reporter(as_json=json, events=json))
+    finally:
+        sys.setswitchinterval(usual)
 
 
 async def _run(config: NodeConfig, reporter: Reporter) -> None:

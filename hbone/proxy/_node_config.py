@@ -464,7 +464,9 @@ def settings_table() -> Iterator[tuple[str, str, str, str]]:
 
 
 def shown(text: str) -> str:
-    """A text that somebody wrote, short enough for a message and on one line."""
+    """A text that somebody wrote, short enough for a message and on one line, and without a key that is in it."""
+    if "-----BEGIN" in text:
+        return "'-----BEGIN...'"
     text = re.sub(r"\s+", " ", text)
     return repr(text if len(text) <= 60 else text[:57] + "...")
 

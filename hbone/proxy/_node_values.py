@@ -104,6 +104,8 @@ def read_path(text: str) -> Path:
     """A path; ``~`` is the home directory."""
     if not text or "\0" in text:
         raise ValueError("a path")
+    if "-----BEGIN" in text:
+        raise ValueError("the path of a file, not what is in it")
     return Path(text).expanduser()
 
 

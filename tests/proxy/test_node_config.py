@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from hbone.errors import ConfigError, HboneError
 from hbone.proxy._node_config import SETTINGS, NodeConfig, ProxyMode, settings_table
 from hbone.proxy._node_environment import VARIABLES, environment_table
-from hbone.proxy._node_values import ListenAddress, format_duration, read_duration, read_listen
+from hbone.proxy._node_values import (
+    ListenAddress,
+    format_duration,
+    read_duration,
+    read_listen,
+    read_path,
+    read_text,
+)
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -292,6 +299,38 @@ def test_all_faults_at_once_and_no_follow_up():
     """No certificate because FAKE_CA is misspelt: that is one fault."""
     lines = faults(FAKE_CA="on", LOCAL_XDS_PATH="", KEEPALIVE_TIME="1", CRL_PATH="x")
     assert [line.partition(":")[0] for line in lines] == ["FAKE_CA", "KEEPALIVE_TIME", "CRL_PATH", "LOCAL_XDS_PATH"]
+
+
+#: Settings that not every text can be.
+CHOOSY = [setting for setting in SETTINGS if setting.read not in (read_text, read_path)]
+
+
+@pytest.mark.parametrize("setting", CHOOSY, ids=lambda setting: setting.name)
+def test_nonsense_is_named_wherever_it_comes_from(setting, tmp_path):
+    """All at once: the option, each variable, and the line in the file."""
+    path = write(tmp_path, f"# ours\n{setting.key}: '!?'\n")
+    environ = dict.fromkeys((setting.variable, *setting.variables), "!?")
+    lines = faults(environ, config_file=path, overrides={setting.name: "!?"})
+    sources = [setting.option, *environ, f"{path}:2: {setting.key}"]
+    assert [line.partition(": '!?' cannot be used; expected ")[0] for line in lines] == sources
+
+
+def test_everything_wrong_at_once():
+    """Every variable of ztunnel's that can be wrong, and every one of ours: a line for each."""
+    environ = {name: "!?" for setting in CHOOSY for name in (setting.variable, *setting.variables)}
+    named = [line.partition(": ")[0] for line in faults(environ)]
+    assert len(named) == len(set(named))
+    assert set(named) == set(environ)
+
+
+@pytest.mark.parametrize("name", ["HBONE_KEY", "HBONE_NODE_KEY", "HBONE_CERT", "LOCAL_XDS_PATH", "FAKE_CA"])
+def test_a_key_where_its_path_belongs_is_not_shown(name):
+    key = "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49\n-----END PRIVATE KEY-----\n"
+    files = {"HBONE_CERT": "c", "HBONE_KEY": "k", "HBONE_ROOTS": "r", "PROXY_MODE": "dedicated"}
+    environ = {"LOCAL_XDS_PATH": "m", **files, "PROXY_WORKLOAD_INFO": "a/b/c", name: key}
+    (line,) = faults(environ, least=False)
+    assert line.startswith(f"{name}: '-----BEGIN...' cannot be used; expected ")
+    assert "MIGH" not in line
 
 
 def test_nothing_at_all():
