@@ -123,7 +123,7 @@ class LocalCA:
             InvalidCertificate: there is none, or its files are damaged.
         """
         path = Path(directory)
-        if not (path / ROOT_FILE).exists():
+        if not _has_root(path):
             raise InvalidCertificate(f"{path}: holds no CA ({ROOT_FILE} is missing); create one first")
         texts = [Pem.read(path / name).text for name in (ROOT_FILE, ROOT_KEY_FILE, TRUST_DOMAIN_FILE)]
         return _decode(texts[0], texts[1], texts[2], path)
@@ -138,11 +138,11 @@ class LocalCA:
         """
         domain = _trust_domain(trust_domain)
         path = Path(directory)
-        if not (path / ROOT_FILE).exists():
+        if not _has_root(path):
             try:
                 return cls.create(path, trust_domain=domain)
             except InvalidCertificate:
-                if not (path / ROOT_FILE).exists():
+                if not _has_root(path):
                     raise
         ca = cls.open(path)
         if ca.trust_domain != domain:
@@ -361,8 +361,21 @@ def _fill(directory: Path, files: Mapping[str, bytes]) -> None:
         _refuse_to_create(directory, problem)
 
 
+def _has_root(directory: Path) -> bool:
+    """Whether there is a CA.
+
+    Raises:
+        InvalidCertificate: nobody lets us see.
+    """
+    try:
+        return (directory / ROOT_FILE).exists()
+    except OSError as problem:
+        why = f"cannot be read: {problem.strerror}; check the path and its permissions"
+        raise InvalidCertificate(f"{directory}: {why}") from None
+
+
 def _refuse_to_create(directory: Path, problem: OSError) -> NoReturn:
-    if (directory / ROOT_FILE).exists():
+    if _has_root(directory):
         raise InvalidCertificate(f"{directory}: holds a CA already; open that one, or choose another directory")
     why = problem.strerror or type(problem).__name__
     raise InvalidCertificate(f"{directory}: no CA can be made here: {why}; choose a new directory") from None

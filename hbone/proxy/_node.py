@@ -704,9 +704,9 @@ def _open_or_create(directory: Any) -> LocalCA:
     from hbone.errors import InvalidCertificate
 
     try:
-        return LocalCA.open_or_create(directory)
-    except InvalidCertificate:
         return LocalCA.open(directory)
+    except InvalidCertificate:
+        return LocalCA.open_or_create(directory)
 
 
 def _may_be_transparent() -> bool:

@@ -234,7 +234,8 @@ def listen_tcp(
     Args:
         host: an IP address of this machine; ``0.0.0.0`` or ``::`` for all. ``::`` takes IPv4 too.
         port: 0 for a free one.
-        prepare: called with the socket before it is bound, to set options.
+        prepare: called with the socket before it listens, to set options. It is bound then: an option that would allow
+            any address must not hide that this one is not ours.
         options: for what is accepted, which inherits them (on Linux; elsewhere `accept_from` sets all but the mark).
 
     Returns:
@@ -254,9 +255,9 @@ def listen_tcp(
             options.prepare(sock)
         if _INHERITED:
             (options or _ACCEPTED).tune(sock)
+        sock.bind((host, port))
         if prepare is not None:
             prepare(sock)
-        sock.bind((host, port))
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
