@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import math
 import os
 import select
 import socket
@@ -29,6 +30,8 @@ __all__ = ["accept_from", "connect_tcp", "listen_tcp", "resolve"]
 _log: Final = logging.getLogger("hbone")
 
 _BACKLOG: Final = 1024
+_TELL_EVERY: Final = 10.0
+"""Seconds between two lines about connections that cannot be accepted."""
 #: Linux gives what is accepted the options of its listener: five system calls less for each connection.
 _INHERITED: Final = sys.platform == "linux"
 #: Addresses of one name that are worth a try.
@@ -283,6 +286,7 @@ async def accept_from(
     tune = (options or _ACCEPTED).tune
     if _INHERITED:
         tune(listener)  # once more: it may come from elsewhere
+    told = -math.inf
     while True:
         waiting = room()
         if waiting is not None:
@@ -294,8 +298,10 @@ async def accept_from(
             await trio.lowlevel.wait_readable(listener)
             continue
         except OSError as exc:
-            # A connection that died in the queue, or no file descriptors left.
-            _log.warning("accepting a connection failed: %s", exc)
+            # A connection that died in the queue, or no file descriptors left: that may be so for long.
+            if trio.current_time() - told >= _TELL_EVERY:
+                told = trio.current_time()
+                _log.warning("accepting a connection failed: %s", exc)
             await trio.sleep(0.05)
             continue
         sock.setblocking(False)

@@ -10,12 +10,13 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.backends import Backend, http_app, pattern
+from support.backends import Backend, http_app, own_loopback, pattern
 from support.command import HBONE, WAIT, Lines, Node, environment, hbone_of_anybody
 from support.mint import key_pem, make
 
@@ -91,8 +92,8 @@ def fails(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["--wat"], 2, "No such option '--wat'"),
-        (["--pool-stream", "1"], 2, "No such option '--pool-stream'."),
+        (["--wat"], 2, "No such option"),
+        (["--pool-stream", "1"], 2, "No such option"),
         (["--mesh"], 2, "Option '--mesh' requires an argument"),
         (["mesh.yaml"], 2, "Got unexpected extra argument (mesh.yaml); see: hbone node --help"),
         (["--config", "none"], 14, "none: cannot be read: no such file or directory; check the path and its permissi"),
@@ -362,9 +363,9 @@ def live(app, tmp_path):
     return path
 
 
-def dial(port):
+def dial(port, host="127.0.0.1"):
     """A connection of an application to the service, or None when there is none to be had."""
-    sock = socket.create_connection(("127.0.0.1", port), WAIT)
+    sock = socket.create_connection((host, port), WAIT)
     try:
         sock.sendall(b"\5\1\0" + b"\5\1\0\1" + socket.inet_aton(VIP) + b"\0\x50")
         reply = b""
@@ -381,9 +382,9 @@ def dial(port):
     return None
 
 
-def get(port, size=5):
+def get(port, size=5, host="127.0.0.1"):
     """The body of an answer to an application, or None."""
-    sock = dial(port)
+    sock = dial(port, host)
     if sock is None:
         return None
     with sock:
@@ -424,7 +425,7 @@ def test_no_descriptors_left(run, live):
         first.close()
     assert any(get(port) == b"".join(pattern(5)) for _ in range(200))
     assert node.stop() == 0
-    assert sum("many open files" in line.lower() for line in node.log.all()) < 30
+    assert sum("accepting a connection failed" in line for line in node.log.all()) < 10
 
 
 def start_with(stdout, *words, stderr=subprocess.PIPE, **env):
@@ -467,18 +468,17 @@ def test_started_without_standard_streams(live, ca_dir, closed):
     """As a careless supervisor does. Descriptors 0 to 2 are then those of our files: no line may get into them."""
     close = "".join(f"os.close({number});" for number in closed)
     start = f"import os, sys; {close} os.execv(sys.argv[1], sys.argv[1:])"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    words = [*FREE, "--mesh", str(live), "--socks5", str(port)]
+    here = own_loopback(91)
+    words = [*FREE, "--mesh", str(live), "--socks5", f"{here}:15080"]
     env = environment(FAKE_CA="true", XDS_ADDRESS="", HBONE_CA_DIR=str(ca_dir))
     process = subprocess.Popen([sys.executable, "-c", start, *HBONE, "node", *words], env=env)
     try:
         while process.poll() is None:
             try:
-                if get(port) == b"".join(pattern(5)):
+                if get(15080, host=here) == b"".join(pattern(5)):
                     break
             except ConnectionRefusedError:
-                continue
+                time.sleep(0.01)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT) == 0
@@ -518,4 +518,5 @@ def open_when_read(path, process):
         except OSError as problem:
             if problem.errno != errno.ENXIO:
                 raise
+            time.sleep(0.01)
     raise AssertionError("it has ended")
