@@ -178,23 +178,6 @@ async def test_an_exception_comes_out_as_it_is(config):
             _ = 1 / 0
 
 
-async def test_cancelled_at_any_moment(config, ca_dir):
-    """Whatever the step, nothing is left: the ports are free again."""
-    for steps in range(0, 60, 3):
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-
-                async def cancel_after(steps=steps, scope=scope):
-                    for _ in range(steps):
-                        await trio.lowlevel.checkpoint()
-                    scope.cancel()
-
-                nursery.start_soon(cancel_after)
-                async with Node(config, mesh=mesh(9)):
-                    await trio.sleep_forever()
-        assert scope.cancelled_caught
-
-
 # === what may be wrong ===
 
 

@@ -80,14 +80,22 @@ def mesh(port, *policies, **fields):
 
 
 async def connect(node, host, port):
+    """A connection of an application to a service.
+
+    Raises:
+        ConnectionError: the node says no.
+    """
     endpoint = node.addresses["socks5"][0]
     stream = await trio.open_tcp_stream(str(endpoint.ip), endpoint.port)
-    name = host.encode()
-    await stream.send_all(b"\5\1\0" + b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big"))
-    reply = await read(stream, 12)
-    if reply[3]:
-        await stream.aclose()
-        raise ConnectionError(f"SOCKS5 says {reply[3]}")
+    try:
+        name = host.encode()
+        await stream.send_all(b"\5\1\0" + b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big"))
+        reply = await read(stream, 12)
+        if reply[3]:
+            raise ConnectionError(f"SOCKS5 says {reply[3]}")
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
     return stream
 
 
