@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -523,6 +523,49 @@ async def test_a_local_ca_as_issuer(autojump_clock: MockClock) -> None:
         other = SpiffeIdentity.parse("spiffe://elsewhere/x")
         with pytest.raises(CertificateUnavailable, match="cannot issue"):
             await manager.get(other)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_local_ca_signs_one_at_a_time(autojump_clock: MockClock) -> None:
+    """With room for others in between, however many are asked for at once."""
+    ca = LocalCA.in_memory()
+    signed = 0
+
+    def issue(*args: Any, **options: Any) -> Any:
+        nonlocal signed
+        signed += 1
+        return LocalCA.issue(ca, *args, **options)
+
+    ca.issue = issue  # type: ignore[method-assign]
+    identities = [SpiffeIdentity.parse(f"spiffe://cluster.local/ns/shop/sa/{number}") for number in range(30)]
+    manager = SvidManager(local_ca_issuer(ca))
+    manager.want(identities)
+    assert (manager.unanswered, set(manager.identities)) == (30, set(identities))
+    most = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(manager.run)
+        while manager.unanswered:
+            before = signed
+            await trio.lowlevel.checkpoint()
+            most = max(most, signed - before)
+        nursery.cancel_scope.cancel()
+    assert (signed, most) == (30, 1)
+
+
+async def test_how_many_are_unanswered(autojump_clock: MockClock) -> None:
+    ca = Authority()
+    manager = SvidManager(ca.issue, now=ca.now)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(manager.run)
+        manager.want([A, B])
+        assert manager.unanswered == 2
+        manager.want([B, C])  # one that never came is forgotten
+        assert manager.unanswered == 2
+        await manager.get(B)
+        await manager.get(C)
+        assert manager.unanswered == 0
+        manager.want([])
+        assert (manager.unanswered, set(manager.identities)) == (0, set())
         nursery.cancel_scope.cancel()
 
 
