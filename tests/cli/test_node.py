@@ -345,6 +345,28 @@ def test_a_changed_file_is_in_force_and_a_broken_one_changes_nothing(run, mesh):
     assert node.stop() == 0
 
 
+def test_a_transfer_finishes_before_the_end(run):
+    """The node is told to stop in the middle of an answer, and stops behind it."""
+    size = 8 << 20
+    node = run("--drain-deadline", "1h")
+    with socket.create_connection(("127.0.0.1", node.port("socks5")), 60) as sock:
+        sock.sendall(b"\5\1\0" + b"\5\1\0\1" + socket.inet_aton(VIP) + b"\0\x50")
+        sock.sendall(f"GET /{size} HTTP/1.1\r\n\r\n".encode())
+        source = sock.makefile("rb")
+        assert source.read(12)[2:4] == b"\5\0"
+        while source.readline() != b"\r\n":
+            pass
+        first = source.read(size // 2)
+        node.signal(signal.SIGTERM)
+        assert node.event("draining")["connections"] == 2
+        assert fetch(node, "readiness", "/healthz/ready") == (503, "not ready, waiting for:\ndraining\n")
+        assert first + source.read(size - len(first)) == b"".join(pattern(size))
+        sock.shutdown(socket.SHUT_WR)
+        assert source.read() == b""
+    assert node.wait() == 0
+    node.event("stopped")
+
+
 def test_the_second_signal_ends_it_at_once(run):
     node = run("--drain-deadline", "1h")
     with socket.create_connection(("127.0.0.1", node.port("socks5")), 60) as sock:
