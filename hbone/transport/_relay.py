@@ -190,7 +190,8 @@ class Link:
             self.feed_eof()
         if not tunnel.stream.open:
             self.tunnel_ended(tunnel.reset_error)
-        if not self._done and self._interest & READABLE and not tunnel.session.congested:
+        # Without a pump the session is about to end, and will tell the tunnel so.
+        if self._watched and not self._done and self._interest & READABLE and not tunnel.session.congested:
             self._read()  # whoever asked for a tunnel has mostly written into it already: do not wait for the poller
         tunnel.session.flush()
 

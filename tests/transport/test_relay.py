@@ -999,3 +999,28 @@ async def test_a_server_that_ends_keeps_no_relay() -> None:
         nursery.cancel_scope.cancel()
     for app in apps:
         await expect_reset(app)
+
+
+async def test_a_relay_that_begins_while_its_session_is_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session takes no pump any more, and has not told its tunnels yet."""
+    async with socket_pair() as pair:
+        near, _ = await pair.open()
+        app, sock = connected_pair()
+        async with app:
+            await app.send_all(b"written before")
+            results: list[RelayResult] = []
+
+            async def run() -> None:
+                results.append(await relay(sock, near))
+
+            with trio.fail_after(WAIT):
+                async with trio.open_nursery() as nursery:
+                    with monkeypatch.context() as ending:
+                        ending.setattr(pair.near_session, "_nursery", None)
+                        nursery.start_soon(run)
+                        await trio.testing.wait_all_tasks_blocked()
+                    assert not results
+                    pair.near_session.kill()
+                assert results[0].error is not None
+                assert results[0].bytes_up == 0
+                await expect_reset(app)
