@@ -367,7 +367,7 @@ def test_unknown_handlers_are_named(mesh: Mesh) -> None:
 
 # In a process of its own: what threads of other tests open and close late is not ours to count.
 LEAVES_OPEN_CONNECTIONS = """
-import contextlib, gc, os, socket, sys, threading, time
+import contextlib, gc, os, socket, sys, threading
 from hbone import LocalCA
 from hbone.testing import Mesh
 
@@ -387,12 +387,22 @@ def answer(connection):
 
 def serve():
     while True:
-        threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+        connection, peer = listener.accept()
+        if peer == last.getsockname():
+            connection.close()
+            return
+        answering.append(threading.Thread(target=answer, args=(connection,), daemon=True))
+        answering[-1].start()
 
 ca = LocalCA.in_memory()
 listener = socket.create_server(("127.0.0.1", 0))
-threading.Thread(target=serve, daemon=True).start()
+last = socket.socket()
+last.settimeout(WAIT)
+last.bind(("127.0.0.1", 0))
+answering = []
+serving = threading.Thread(target=serve, daemon=True)
 before = descriptors()
+serving.start()
 with contextlib.ExitStack() as stack:
     with Mesh(ca) as mesh:
         pair = mesh.pair(listener.getsockname())
@@ -407,9 +417,13 @@ with contextlib.ExitStack() as stack:
             sys.exit(f"no reset but {sock.recv(100)!r}")
 names = [thread.name for thread in threading.enumerate()]
 assert "hbone testing" not in names, names
-limit = time.monotonic() + WAIT
-while len(descriptors()) != len(before) and time.monotonic() < limit:
-    time.sleep(0.01)  # the application's ends: its threads may not even have begun
+# The application's ends are not ours to count, and it may not even have accepted them: it is done with all that came
+# before the last connection.
+last.connect(listener.getsockname())
+serving.join(WAIT)
+for thread in (serving, *answering):
+    thread.join(WAIT)
+    assert not thread.is_alive()
 left = {fd: inode for fd, inode in descriptors().items() if before.get(fd) != inode}
 assert len(descriptors()) == len(before), left
 """
