@@ -644,11 +644,11 @@ def ask_http(port, target_port):
 
 
 def is_reset(port):
-    with socket.create_connection(("127.0.0.1", port), WAIT) as sock:
-        try:
+    try:
+        with socket.create_connection(("127.0.0.1", port), WAIT) as sock:  # may already be reset when it is made
             return sock.recv(1) and False
-        except ConnectionResetError:
-            return True
+    except ConnectionResetError:
+        return True
 
 
 HOPS = {
