@@ -9,7 +9,7 @@ import trio
 
 from hbone.errors import ConnectFailed, HboneError, InvalidIdentity, RequestRejected, TunnelRefused
 from hbone.protocol import Baggage, Forwarded, WorkloadType
-from hbone.telemetry import AccessRecord, Direction
+from hbone.telemetry import AccessRecord, Direction, reset_in_words
 
 if TYPE_CHECKING:
     from hbone.address import Endpoint
@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from hbone.mesh import Service, Workload
     from hbone.telemetry import LogNames
 
-__all__ = ["baggage_of", "cause_of", "error_text", "forwarded_host", "identity_of", "inbound_record", "stopped"]
+__all__ = [
+    "baggage_of",
+    "cause_of",
+    "error_text",
+    "forwarded_host",
+    "identity_of",
+    "inbound_record",
+    "outcome",
+    "stopped",
+]
 
 _TYPES = {kind.value: kind for kind in WorkloadType}
 
@@ -58,6 +67,12 @@ def cause_of(error: Exception) -> Exception:
     return error.__cause__ if isinstance(error.__cause__, HboneError) else error
 
 
+def outcome(error: Exception | None) -> tuple[Exception | None, str | None]:
+    """What a relay ended with, as it is told: what failed, and how an application reset it, which is no failure."""
+    reset = reset_in_words(error) if error is not None else None
+    return (error, None) if reset is None else (None, reset)
+
+
 def stopped(exc: BaseException) -> HboneError:
     """What is told of a connection that something else ended."""
     if isinstance(exc, trio.Cancelled):
@@ -88,6 +103,7 @@ def inbound_record(
     counts: tuple[int, int] | None,
     seconds: float | None,
     error: Exception | None,
+    reset: str | None = None,
     peer: SpiffeIdentity | None = None,
     authority: str | None = None,
 ) -> AccessRecord:
@@ -102,6 +118,7 @@ def inbound_record(
         counts: bytes from the peer, and to it; None for the line of its beginning.
         seconds: from its beginning to its end; None for the line of its beginning.
         error: what ended it, if not its ends.
+        reset: how an application reset it.
         peer: the identity that the source proved; None for plain text.
         authority: what the CONNECT asked for; None for plain text.
     """
@@ -123,5 +140,6 @@ def inbound_record(
         bytes_recv=counts[0] if counts is not None else None,
         duration=seconds,
         error=error_text(error) if error is not None else None,
+        reset=reset,
         opened=counts is None,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from hbone.proxy._facts import outcome
 from hbone.telemetry import AccessRecord, Direction, MetricsObserver, response_flag
 from hbone.transport import ForwardHandler, HBONEServer
 
@@ -90,11 +91,12 @@ class InboundProxy:
 
     def _done(self, result: ForwardResult) -> None:
         connection = self._open.pop(result.request, None)
+        refused = not 200 <= result.status <= 299
+        error, reset = (result.error, None) if refused else outcome(result.error)
         if connection is not None:
-            connection.closed(result.bytes_up, result.bytes_down, response_flag(result.error))
+            connection.closed(result.bytes_up, result.bytes_down, response_flag(error))
         if self._access_log is not None:
             request = result.request
-            refused = not 200 <= result.status <= 299
             self._access_log.write(
                 AccessRecord(
                     direction=Direction.INBOUND,
@@ -106,7 +108,8 @@ class InboundProxy:
                     bytes_sent=None if refused else result.bytes_down,
                     bytes_recv=None if refused else result.bytes_up,
                     duration=result.seconds,
-                    error=str(result.error) if result.error is not None else None,
+                    error=str(error) if error is not None else None,
+                    reset=reset,
                     status=result.status if refused and result.status else None,
                     flag=result.flag,
                 )

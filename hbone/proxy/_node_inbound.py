@@ -14,7 +14,7 @@ import trio
 from hbone.errors import CertificateUnavailable, ConnectFailed, RequestRejected
 from hbone.protocol import Baggage, ConnectResponse, ErrorCode, ProxyHeader
 from hbone.proxy._connections import InboundConnection
-from hbone.proxy._facts import baggage_of, cause_of, error_text, identity_of, inbound_record
+from hbone.proxy._facts import baggage_of, cause_of, error_text, identity_of, inbound_record, outcome
 from hbone.rbac import Flow
 from hbone.routing import NoInboundRoute, route_inbound
 from hbone.telemetry import (
@@ -170,6 +170,7 @@ class NodeInbound:
         connection: InboundConnection | None = None
         facts: _Facts | None = None
         error: Exception | None = None
+        reset: str | None = None
 
         def close() -> None:
             # Not CANCEL, which some peers take for an end of file. The relay ends with it. One that is not answered
@@ -189,9 +190,10 @@ class NodeInbound:
             if not verdict.allowed:
                 why = f"connection closed due to policy rejection: {verdict.reason}"
                 raise RequestRejected(401, flag="DENY", reason=why)
-            error = await self._forward(request, facts, connection, began)
+            broke = await self._forward(request, facts, connection, began)
             if connection.revoked is not None:
                 raise _taken_back(connection)
+            error, reset = outcome(broke)
         except RequestRejected as exc:
             error = exc
             raise
@@ -206,7 +208,7 @@ class NodeInbound:
             received, sent = request.received_and_sent()
             if counted is not None:
                 counted.closed(received, sent, response_flag(error))
-            self._record(request, facts, (received, sent), trio.current_time() - began, error)
+            self._record(request, facts, (received, sent), trio.current_time() - began, error, reset)
 
     def _find(self, request: TunnelRequest) -> _Facts:
         """Steps 2 to 7 of the wire profile, remembered for each peer and target.
@@ -338,6 +340,7 @@ class NodeInbound:
         counts: tuple[int, int] | None,
         seconds: float | None,
         error: Exception | None,
+        reset: str | None = None,
     ) -> None:
         log = self._context.access_log
         if log is None:
@@ -347,7 +350,8 @@ class NodeInbound:
             text = error_text(error) if error is not None else None
             log.write(AccessRecord(direction=Direction.INBOUND, src_addr=peer.address, dst_addr=dialled, error=text))
             return
-        if error is None and counts is not None and seconds is not None and facts.pattern is not None:
+        well = error is None and reset is None and counts is not None
+        if well and counts is not None and seconds is not None and facts.pattern is not None:
             log.write_complete(facts.pattern, peer.address, counts[1], counts[0], seconds)
             return
         record = inbound_record(
@@ -359,10 +363,11 @@ class NodeInbound:
             counts=counts,
             seconds=seconds,
             error=error,
+            reset=reset,
             peer=peer.identity,
             authority=request.headers.authority,
         )
-        if error is None and counts is not None:
+        if well:
             facts.pattern = AccessPattern(record)
         log.write(record)
 

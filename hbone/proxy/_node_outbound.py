@@ -19,7 +19,7 @@ import trio
 from hbone.address import Endpoint
 from hbone.errors import BadTarget, ConnectFailed, HboneError, NoRoute, Unreachable
 from hbone.protocol import Forwarded, TraceParent
-from hbone.proxy._facts import baggage_of, cause_of, error_text, forwarded_host, identity_of, stopped
+from hbone.proxy._facts import baggage_of, cause_of, error_text, forwarded_host, identity_of, outcome, stopped
 from hbone.proxy._listeners import Listeners
 from hbone.proxy._pools import IdentityPools
 from hbone.proxy._ways import BadHandshake, accept_http_connect, accept_socks5
@@ -307,6 +307,7 @@ class NodeOutbound:
             reset_socket(way.sock)
             raise
         error: Exception | None = None
+        reset: str | None = None
         try:
             try:
                 await way.succeeded()
@@ -319,7 +320,7 @@ class NodeOutbound:
                 error = ConnectFailed(str(exc))  # the application's end, not a fault in our protocol
                 _reset(upstream)
             except trio.BrokenResourceError as exc:
-                error = cause_of(exc)
+                error, reset = outcome(cause_of(exc))
                 _reset(upstream)
                 reset_socket(way.sock)
             except BaseException:
@@ -328,15 +329,16 @@ class NodeOutbound:
                 raise
             else:
                 if isinstance(upstream, Tunnel):
-                    error = (await relay(way.sock, upstream)).error
+                    result = await relay(way.sock, upstream)
                 else:
                     assert connection.plain is not None
-                    error = (await connection.plain.run()).error
+                    result = await connection.plain.run()
+                error, reset = outcome(result.error)
         except BaseException as exc:
             error = stopped(exc)
             raise
         finally:
-            self._finished(connection, error)
+            self._finished(connection, error, reset)
 
     async def _open(self, connection: OutboundConnection) -> Tunnel | socket.socket:
         """Route it and connect.
@@ -500,7 +502,7 @@ class NodeOutbound:
         if context.access_log is not None and context.access_log.level <= LogLevel.DEBUG:
             context.access_log.write(self._record(connection, None, opened=True))
 
-    def _finished(self, connection: OutboundConnection, error: Exception | None) -> None:
+    def _finished(self, connection: OutboundConnection, error: Exception | None, reset: str | None = None) -> None:
         facts = connection.facts
         if facts is None:
             self._log_denied(connection.source, connection.original, error)
@@ -513,8 +515,8 @@ class NodeOutbound:
         log = self._context.access_log
         if log is None:
             return
-        if error is not None or connection.far_end is not None:
-            log.write(self._record(connection, error))
+        if error is not None or reset is not None or connection.far_end is not None:
+            log.write(self._record(connection, error, reset))
             return
         if facts.pattern is None:
             facts.pattern = AccessPattern(self._record(connection, None))
@@ -522,7 +524,9 @@ class NodeOutbound:
         log.write_complete(facts.pattern, connection.source, received, sent, trio.current_time() - connection.began)
 
     @staticmethod
-    def _record(connection: OutboundConnection, error: Exception | None, *, opened: bool = False) -> AccessRecord:
+    def _record(
+        connection: OutboundConnection, error: Exception | None, reset: str | None = None, *, opened: bool = False
+    ) -> AccessRecord:
         """The line of a connection that went somewhere, or was meant to."""
         facts = connection.facts
         assert facts is not None
@@ -550,6 +554,7 @@ class NodeOutbound:
             bytes_recv=None if opened else sent,
             duration=None if opened else trio.current_time() - connection.began,
             error=error_text(error) if error is not None else None,
+            reset=reset,
             opened=opened,
         )
 

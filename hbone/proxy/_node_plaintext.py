@@ -14,7 +14,7 @@ import trio
 from hbone.address import Endpoint
 from hbone.errors import HboneError, NoRoute, RequestRejected
 from hbone.proxy._connections import InboundConnection
-from hbone.proxy._facts import error_text, inbound_record, stopped
+from hbone.proxy._facts import error_text, inbound_record, outcome, stopped
 from hbone.proxy._listeners import Listeners
 from hbone.proxy._ways import BadHandshake
 from hbone.rbac import Flow
@@ -137,7 +137,9 @@ class NodePlaintext:
         )
         names = log_names(source)
 
-        def record(counts: tuple[int, int] | None, seconds: float | None, error: Exception | None) -> AccessRecord:
+        def record(
+            counts: tuple[int, int] | None, seconds: float | None, error: Exception | None, reset: str | None = None
+        ) -> AccessRecord:
             return inbound_record(
                 source=way.source,
                 source_names=names,
@@ -147,11 +149,13 @@ class NodePlaintext:
                 counts=counts,
                 seconds=seconds,
                 error=error,
+                reset=reset,
             )
 
         if context.access_log is not None and context.access_log.level <= LogLevel.DEBUG:
             context.access_log.write(record(None, None, None))
         failure: Exception | None = None
+        reset: str | None = None
         try:
             with scope:
                 verdict = context.connections.admit(connection)
@@ -159,12 +163,12 @@ class NodePlaintext:
                     why = f"connection closed due to policy rejection: {verdict.reason}"
                     raise RequestRejected(401, flag="DENY", reason=why)
                 relay = PlainRelay(way.sock, await self._connect(way, target))
-                failure = (await relay.run()).error
+                failure, reset = outcome((await relay.run()).error)
             if connection.revoked is not None:
                 why = f"connection closed due to policy change: {connection.revoked.reason}"
                 raise RequestRejected(401, flag="DENY", reason=why)
         except HboneError as exc:
-            failure = exc
+            failure, reset = exc, None
             if relay is None:
                 await way.failed(exc)
         except BaseException as exc:
@@ -178,7 +182,7 @@ class NodePlaintext:
             if counted is not None:
                 counted.closed(received, sent, response_flag(failure))
             if context.access_log is not None:
-                context.access_log.write(record((received, sent), trio.current_time() - began, failure))
+                context.access_log.write(record((received, sent), trio.current_time() - began, failure, reset))
 
     async def _connect(self, way: SilentWayIn, target: Endpoint) -> socket.socket:
         settings = self._context.settings

@@ -10,6 +10,7 @@ import trio
 
 from hbone.errors import BadTarget, ConnectFailed, HboneError, Unreachable
 from hbone.protocol import Forwarded, TraceParent
+from hbone.proxy._facts import cause_of, outcome
 from hbone.proxy._listeners import Listeners
 from hbone.proxy._ways import BadHandshake, accept_forward, accept_http_connect, accept_socks5
 from hbone.telemetry import AccessRecord, Direction, MetricsObserver, response_flag
@@ -207,13 +208,14 @@ class OutboundProxy:
                 live=partial(_received_and_sent, tunnel),
             )
         error: Exception | None = None
+        reset: str | None = None
         try:
             try:
                 await way.succeeded()
                 if way.leftover:
                     await tunnel.send_all(way.leftover)
             except (BadHandshake, trio.BrokenResourceError) as exc:
-                error = exc
+                error, reset = outcome(cause_of(exc))
                 tunnel.abort()
                 reset_socket(way.sock)
             except BaseException:
@@ -221,7 +223,7 @@ class OutboundProxy:
                 reset_socket(way.sock)
                 raise
             else:
-                error = (await relay(way.sock, tunnel)).error
+                error, reset = outcome((await relay(way.sock, tunnel)).error)
         except trio.Cancelled:
             error = HboneError("the proxy was stopped")
             raise
@@ -229,7 +231,7 @@ class OutboundProxy:
             received, sent = _received_and_sent(tunnel)
             if counted is not None:
                 counted.closed(received, sent, response_flag(error))
-            self._record(way, tunnel, (received, sent), began, error)
+            self._record(way, tunnel, (received, sent), began, error, reset)
 
     def _headers(self, way: WayIn) -> list[tuple[bytes, bytes]]:
         return [
@@ -245,6 +247,7 @@ class OutboundProxy:
         counts: tuple[int, int] | None,
         began: float,
         error: Exception | None,
+        reset: str | None = None,
     ) -> None:
         if self._access_log is None:
             return
@@ -261,6 +264,7 @@ class OutboundProxy:
                 bytes_recv=counts[1] if counts is not None else None,
                 duration=trio.current_time() - began,
                 error=str(error) if error is not None else None,
+                reset=reset,
                 status=getattr(error, "status", None),
                 flag=response_flag(error) if error is not None else None,
             )

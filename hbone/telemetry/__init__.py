@@ -16,7 +16,7 @@ from hbone.telemetry._access_log import (
     format_json,
     format_plain,
 )
-from hbone.telemetry._cause import failure_cause, response_flag
+from hbone.telemetry._cause import failure_cause, reset_in_words, response_flag
 from hbone.telemetry._labels import LogNames, TrafficLabels, labels_for, log_names
 from hbone.telemetry._levels import LogControl, LogLevel, LogLevels
 from hbone.telemetry._observer import MetricsObserver
@@ -56,5 +56,6 @@ __all__ = [
     "labels_for",
     "log_names",
     "log_to",
+    "reset_in_words",
     "response_flag",
 ]

@@ -106,6 +106,8 @@ class AccessRecord(NamedTuple):
     """Seconds."""
     error: str | None = None
     """In words; None for a connection that went well."""
+    reset: str | None = None
+    """How an application reset the connection, in words; None when both directions ended. No error."""
     status: int | None = None
     """The HTTP status of a refusal."""
     flag: str | None = None
@@ -206,7 +208,7 @@ def format_plain(record: AccessRecord, now: float) -> str:
     (
         direction, src_addr, src_workload, src_namespace, src_identity, src_cluster,
         dst_addr, dst_hbone_addr, dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster,
-        bytes_sent, bytes_recv, duration, error, status, flag, _,
+        bytes_sent, bytes_recv, duration, error, reset, status, flag, _,
     ) = record  # fmt: skip
     level = record.level
     text = f"{timestamp(now)}\t{level}\taccess\t{_MESSAGES[level]}\t"
@@ -227,6 +229,8 @@ def format_plain(record: AccessRecord, now: float) -> str:
         text += f' duration="{int(duration * 1000)}ms"'
     if error is not None:
         text += f" error={quote(error)}"
+    if reset is not None:
+        text += f" reset={quote(reset)}"
     if status is not None:
         text += f" status={status:d}"
     if flag is not None:
@@ -244,7 +248,7 @@ def format_json(record: AccessRecord, now: float) -> str:
     (
         direction, src_addr, src_workload, src_namespace, src_identity, src_cluster,
         dst_addr, dst_hbone_addr, dst_service, dst_workload, dst_namespace, dst_identity, dst_cluster,
-        bytes_sent, bytes_recv, duration, error, status, flag, _,
+        bytes_sent, bytes_recv, duration, error, reset, status, flag, _,
     ) = record  # fmt: skip
     level = record.level
     text = f'{{"level":"{level}","time":"{timestamp(now)}","scope":"access","message":"{_MESSAGES[level]}"'
@@ -265,6 +269,8 @@ def format_json(record: AccessRecord, now: float) -> str:
         text += f',"duration":"{int(duration * 1000)}ms"'
     if error is not None:
         text += f',"error":{quote(error)}'
+    if reset is not None:
+        text += f',"reset":{quote(reset)}'
     if status is not None:
         text += f',"status":{status:d}'
     if flag is not None:

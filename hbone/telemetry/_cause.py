@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Final
 
 from hbone.errors import (
     CertificateUnavailable,
@@ -13,15 +14,21 @@ from hbone.errors import (
     RequestRejected,
     SessionClosed,
     TunnelRefused,
+    TunnelReset,
 )
+from hbone.protocol import ErrorCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["NO_FLAG", "OTHER", "failure_cause", "response_flag"]
+__all__ = ["NO_FLAG", "OTHER", "failure_cause", "reset_in_words", "response_flag"]
 
 OTHER = "other"
 NO_FLAG = "-"
+#: What a socket says whose other side is gone. What says that the network is broken (a time-out) is not here.
+_GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN})
+#: What peers send for an application that is gone (RFC 9113 section 8.5), or when they have let go of a tunnel.
+_LET_GO: Final = frozenset({ErrorCode.NO_ERROR, ErrorCode.CANCEL, ErrorCode.STREAM_CLOSED, ErrorCode.CONNECT_ERROR})
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -63,6 +70,27 @@ def response_flag(error: BaseException | None) -> str:
             return "NETWORK_POLICY"
         case _:
             return "CONNECT"
+
+
+def reset_in_words(error: BaseException) -> str | None:
+    """How an application at one of its ends reset a connection that stood; None when something else ended it.
+
+    Applications do that as they like, and it is no failure of what carries them: as with ztunnel such a connection has
+    gone well. Only for what a relay ended with: before that, the same errors mean that there was no connection.
+    """
+    match error:
+        case TunnelReset(remote=True):
+            return str(error) if error.error_code in _LET_GO else None
+        case TunnelReset(error_code=ErrorCode.CONNECT_ERROR):  # by us, as the socket behind it broke
+            return str(error) if error.__cause__ is None or _is_gone(error.__cause__) else None
+        case OSError() if _is_gone(error):
+            return error.strerror or str(error)
+        case _:
+            return None
+
+
+def _is_gone(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _GONE
 
 
 def failure_cause(error: BaseException) -> str:

@@ -441,7 +441,7 @@ async def test_an_open_tunnel_is_closed(ca: LocalCA, change: str) -> None:
         assert inn.error is not None
         assert inn.error.startswith("connection closed due to policy change: ")
         assert (inn.level, inn.bytes_recv) == ("error", 11)
-        assert out.error == "the peer reset the tunnel: CONNECT_ERROR"
+        assert (out.error, out.reset) == (None, "the peer reset the tunnel: CONNECT_ERROR")
         await it.at_rest()
         counts = traffic(it.far.metrics)
         assert counts == {

@@ -888,18 +888,62 @@ async def test_what_an_application_sends_without_waiting(ca: LocalCA, captures: 
 @kinds
 @pytest.mark.parametrize("who", ["near", "far"])
 async def test_an_application_that_resets(ca: LocalCA, kind: str, who: str) -> None:
-    """It is a reset at the other end, too, and never an end."""
+    """It is a reset at the other end, too, and never an end; it is no failure, and the logs tell of it."""
     async with of_kind(ca, kind) as it, both(it) as (near, far):
         await near.send_all(HELLO)
         assert await far.receive_some() == HELLO
         one, other = (near, far) if who == "near" else (far, near)
         reset(one)
         assert await read_to_end(other) == (b"", "reset")
+        here, there = (
+            "the relayed connection broke: Connection reset by peer",
+            "the peer reset the tunnel: CONNECT_ERROR",
+        )
+        told = (here, there) if who == "near" else (there, here)
         line = await it.near.log.next()
-        assert line.error is not None
-        assert (line.bytes_sent, line.bytes_recv) == (11, 0)
+        assert (line.level, line.error, line.bytes_sent, line.bytes_recv) == ("info", None, 11, 0)
+        assert line.reset == ("Connection reset by peer" if kind == "plain" else told[0])
+        if kind != "plain":
+            line = await it.far.log.next()
+            assert (line.level, line.error, line.bytes_recv, line.reset) == ("info", None, 11, told[1])
         await nodes_at_rest(it, kind)
-        assert total(it.near.metrics, "closed", response_flags="CONNECT") == 1
+        for node in [it.near, *([it.far] if kind != "plain" else [])]:
+            assert total(node.metrics, "closed", response_flags="-") == total(node.metrics, "closed") == 1
+            assert total(node.metrics, "failed") == 0
+
+
+async def test_a_reset_is_of_its_own_connection_only(ca: LocalCA) -> None:
+    """What is written alike for all connections of a route is not made from one that was reset."""
+    async with of_kind(ca, "tunnel") as it:
+        for _ in range(2):
+            async with both(it) as (near, far):
+                reset(near)
+                assert await read_to_end(far) == (b"", "reset")
+            assert (await it.near.log.next()).reset is not None
+            assert (await it.far.log.next()).reset is not None
+            async with both(it) as (near, far):
+                for one, other in ((near, far), (far, near)):
+                    await one.send_eof()
+                    assert await read_to_end(other) == (b"", "eof")
+            assert (await it.near.log.next()).reset is None
+            assert (await it.far.log.next()).reset is None
+        await nodes_at_rest(it, "tunnel")
+
+
+@pytest.mark.parametrize("code", [ErrorCode.CANCEL, ErrorCode.CONNECT_ERROR])
+async def test_a_reset_instead_of_an_answer_is_a_failure(ca: LocalCA, code: ErrorCode) -> None:
+    """The same that is an application's reset later: there was no connection yet."""
+
+    async def handler(request: TunnelRequest) -> None:
+        request.abort(code)
+
+    async with tunnels_to(ca, handler) as near:
+        with pytest.raises(Refused):
+            await near.connect(STOCK, 80)
+        line = await near.log.next()
+        assert (line.level, line.error, line.reset) == ("error", f"the peer reset the tunnel: {code.name}", None)
+        await at_rest(near)
+        assert traffic(near.metrics) == {("source", "opened"): 1, ("source", "closed CONNECT"): 1}
 
 
 async def test_an_application_that_leaves_before_it_was_told(ca: LocalCA) -> None:

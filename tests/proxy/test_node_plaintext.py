@@ -270,9 +270,11 @@ async def test_a_reset_goes_through(ca: LocalCA, captures: Captures, who: str) -
         one, other = (near, far) if who == "near" else (far, near)
         reset(one)
         assert await read_to_end(other) == (b"", "reset")
-        assert (await it.node.log.next()).error
+        line = await it.node.log.next()
+        assert (line.level, line.error, line.reset) == ("info", None, "Connection reset by peer")
         await it.at_rest()
-        assert total(it.node.metrics, "closed", response_flags="CONNECT") == 1
+        assert total(it.node.metrics, "closed", response_flags="-") == 1
+        assert total(it.node.metrics, "failed") == 0
 
 
 async def test_one_that_is_forbidden_while_its_application_is_dialled(

@@ -378,6 +378,16 @@ TRAPS = (
         (f"{LIKENESS}everybody_sees_what_ztunnel_shows",),
     ),
     Trap(
+        "An application that resets its connection is no failure: neither log nor metrics tell it from an end.",
+        "The same, also for a peer that sends CONNECT_ERROR for it, which ztunnel takes for a failure; "
+        "the log tells of it in a field `reset`.",
+        True,
+        (
+            "proxy/test_node_outbound.py::test_an_application_that_resets",
+            "proxy/test_node_plaintext.py::test_a_reset_goes_through",
+        ),
+    ),
+    Trap(
         "A peer whose certificate is not the expected one counts as `CONNECT`.",
         "It counts as `TLS_FAILURE`.",
         True,

@@ -96,6 +96,14 @@ LINES: list[tuple[str, dict[str, Any], str, str]] = [
         'error="connection closed due to policy rejection: explicitly denied by: books/no-clerks"',
     ),
     (
+        "an application reset it: no failure",
+        OUT | PLAIN_SOURCE | LEGACY | ECHO | {"reset": "Connection reset by peer"},
+        "info\taccess\tconnection complete",
+        'src.addr=10.9.0.1:50864 src.workload="till-7" src.namespace="market" src.cluster="Kubernetes" '
+        'dst.addr=10.9.0.3:7001 dst.workload="db-0" dst.namespace="legacy" dst.cluster="Kubernetes" '
+        'direction="outbound" bytes_sent=11 bytes_recv=22 duration="84ms" reset="Connection reset by peer"',
+    ),
+    (
         "no endpoint: nothing is known but where it came from and went",
         OUT
         | {

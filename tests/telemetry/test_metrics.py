@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,11 @@ from hbone.errors import (
     RemoteProtocolError,
     RequestRejected,
     SessionClosed,
+    TunnelReset,
     Unreachable,
 )
-from hbone.telemetry import Metrics, MetricsObserver, TrafficLabels, failure_cause, response_flag
+from hbone.protocol import ErrorCode
+from hbone.telemetry import Metrics, MetricsObserver, TrafficLabels, failure_cause, reset_in_words, response_flag
 
 if TYPE_CHECKING:
     from hbone.transport import Observer
@@ -288,6 +292,40 @@ def test_what_sessions_tell_is_counted() -> None:
 def test_words_for_errors(error: Exception, flag: str, cause: str) -> None:
     assert response_flag(error) == flag
     assert failure_cause(error) == cause
+
+
+def broken(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def reset(code: ErrorCode, *, remote: bool) -> TunnelReset:
+    return TunnelReset(f"{'theirs' if remote else 'ours'}: {code.name}", error_code=code, remote=remote)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (broken(errno.ECONNRESET), "Connection reset by peer"),
+        (broken(errno.EPIPE), "Broken pipe"),
+        (broken(errno.ETIMEDOUT), None),
+        (broken(errno.EHOSTUNREACH), None),
+        (reset(ErrorCode.NO_ERROR, remote=True), "theirs: NO_ERROR"),
+        (reset(ErrorCode.CANCEL, remote=True), "theirs: CANCEL"),
+        (reset(ErrorCode.STREAM_CLOSED, remote=True), "theirs: STREAM_CLOSED"),
+        (reset(ErrorCode.CONNECT_ERROR, remote=True), "theirs: CONNECT_ERROR"),
+        (reset(ErrorCode.INTERNAL_ERROR, remote=True), None),
+        (reset(ErrorCode.FLOW_CONTROL_ERROR, remote=True), None),
+        (reset(ErrorCode.CONNECT_ERROR, remote=False), "ours: CONNECT_ERROR"),
+        (chained(reset(ErrorCode.CONNECT_ERROR, remote=False), broken(errno.ECONNRESET)), "ours: CONNECT_ERROR"),
+        (chained(reset(ErrorCode.CONNECT_ERROR, remote=False), broken(errno.ETIMEDOUT)), None),
+        (reset(ErrorCode.CANCEL, remote=False), None),
+        (reset(ErrorCode.FLOW_CONTROL_ERROR, remote=False), None),
+        (SessionClosed("x"), None),
+        (chained(ConnectFailed("x"), broken(errno.ECONNRESET)), None),
+    ],
+)
+def test_what_is_the_reset_of_an_application(error: Exception, words: str | None) -> None:
+    assert reset_in_words(error) == words
 
 
 def test_no_error_no_flag() -> None:
