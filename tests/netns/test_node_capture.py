@@ -67,6 +67,18 @@ def inside(namespace: Namespace, work: Callable[[], Awaitable[T]]) -> T:
     return namespace.call(lambda: trio.run(work))
 
 
+async def end_of_connection(host: str, port: int) -> tuple[bytes, str]:
+    """What a connection that asks for nothing gets; it may be reset already when it is made."""
+    try:
+        stream = await trio.open_tcp_stream(host, port)
+    except OSError as problem:
+        if isinstance(problem.__cause__, ConnectionResetError):
+            return b"", "reset"
+        raise
+    async with stream:
+        return await read_to_end(stream)
+
+
 def test_out_and_in(namespace: Namespace) -> None:
     async def work() -> None:
         cart = member("cart", CLIENT)
@@ -95,17 +107,14 @@ def test_out_and_in(namespace: Namespace) -> None:
                     assert str(line.dst_addr) == f"{SERVER}:{APP}"
 
                     node.mesh.replace(node.mesh.snapshot.with_changes(upsert=[STRICT]))
-                    async with await trio.open_tcp_stream(SERVER, APP) as stream:
-                        assert await read_to_end(stream) == (b"", "reset")
+                    assert await end_of_connection(SERVER, APP) == (b"", "reset")
                     async with await trio.open_tcp_stream(VIP, 80) as stream:
                         assert await ask(stream) == b"hello worldhello world"
 
                     for host in (SERVER, "127.0.0.1"):  # straight to the ports of the node
                         for port in (15001, 15006):
-                            async with await trio.open_tcp_stream(host, port) as stream:
-                                assert await read_to_end(stream) == (b"", "reset")
-                    async with await trio.open_tcp_stream(VIP, 81) as stream:
-                        assert await read_to_end(stream) == (b"", "reset")
+                            assert await end_of_connection(host, port) == (b"", "reset")
+                    assert await end_of_connection(VIP, 81) == (b"", "reset")
                     await at_rest(node)
                     assert node.log.records[-1].error == f"no healthy upstream: {VIP}:81"
 

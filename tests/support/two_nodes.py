@@ -11,6 +11,7 @@ connections are captured; that is in the tests that need it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import socket
@@ -35,6 +36,8 @@ __all__ = ["TwoNodes", "ask", "environment_of", "on_loopback", "written"]
 
 OPENMETRICS = "application/openmetrics-text"
 PLAIN = "text/plain"
+#: How the kernel says that the other side has reset a connection: the last one is what shutdown() makes of it.
+RESET = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
 
 
 def environment_of(node: str, folder: Path, log_format: str) -> dict[str, str]:
@@ -117,8 +120,10 @@ def ask(sock: socket.socket) -> bytes | None:
         sock.shutdown(socket.SHUT_WR)
         while got := sock.recv(65536):
             answer += got
-    except (ConnectionResetError, BrokenPipeError):
-        return None
+    except OSError as problem:
+        if problem.errno in RESET:
+            return None
+        raise
     return answer
 
 
