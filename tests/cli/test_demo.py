@@ -137,8 +137,8 @@ def test_what_people_read_without_a_terminal(temporary: Path) -> None:
     ):
         assert words in result.stdout
     assert re.search(r"connections opened +206 +207", result.stdout)
-    assert result.stdout.count("... 203 more") == 2
-    assert result.stdout.count(" error access connection complete ") == 3
+    assert re.findall(r"\.\.\. (\d+) more", result.stdout) == ["204", "203"]
+    assert result.stdout.count(" error access connection complete ") == 2  # who is denied is an error of node b's
 
 
 def test_a_terminal_gets_a_progress_bar_and_its_cursor_back(temporary: Path) -> None:
