@@ -6,7 +6,7 @@ from hbone.certs._describe import CertificateFacts, describe
 from hbone.certs._dump import dump_certificates
 from hbone.certs._files import FileSvidSource
 from hbone.certs._local_ca import CaSvidSource, LocalCA, SvidFiles, write_svid
-from hbone.certs._manager import SvidManager, SvidState, SvidStatus, local_ca_issuer
+from hbone.certs._manager import SvidManager, SvidState, SvidStatus, SvidSummary, local_ca_issuer
 
 __all__ = [
     # files
@@ -20,6 +20,7 @@ __all__ = [
     "SvidManager",
     "SvidState",
     "SvidStatus",
+    "SvidSummary",
     "local_ca_issuer",
     # what a certificate says
     "CertificateFacts",

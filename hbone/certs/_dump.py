@@ -19,14 +19,23 @@ __all__ = ["dump_certificates"]
 
 
 def dump_certificates(states: Iterable[SvidStatus]) -> Iterator[dict[str, Any]]:
-    """One JSON object for each identity, sorted by identity: chain, roots, state. Each is made when its turn comes."""
+    """One JSON object for each identity, sorted by identity: chain, roots, state. Each is made when its turn comes.
+
+    One whose renewal fails is ``Available`` until it expires, and has a ``renewal`` besides, with why it fails and when
+    it is tried again.
+    """
     return map(_status, sorted(states, key=lambda status: str(status.identity)))
 
 
 def _status(status: SvidStatus) -> dict[str, Any]:
     svid = status.svid
     roots = () if svid is None else svid.bundles.get(status.identity.trust_domain, ())
+    renewal = {}
+    if status.renewal_fails:
+        due = status.next_attempt
+        renewal = {"renewal": {"error": status.problem, "nextAttempt": None if due is None else _time(due)}}
     return {
+        **renewal,
         "certChain": [] if svid is None else [_certificate(certificate) for certificate in svid.chain],
         "identity": str(status.identity),
         "rootCerts": [_certificate(certificate) for certificate in roots],

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hbone.identity import SpiffeIdentity
     from hbone.tls import Svid, SvidSource
 
-__all__ = ["SvidManager", "SvidState", "SvidStatus", "local_ca_issuer", "retry_delay"]
+__all__ = ["SvidManager", "SvidState", "SvidStatus", "SvidSummary", "local_ca_issuer", "retry_delay"]
 
 _log: Final = logging.getLogger("hbone")
 
@@ -106,8 +106,33 @@ class SvidStatus:
     next_attempt: datetime | None
     """When the next one is asked for; None while that is under way."""
 
+    @property
+    def renewal_fails(self) -> bool:
+        """Whether there is a valid one that the last request could not replace: it serves until it expires."""
+        return self.state is SvidState.AVAILABLE and self.problem is not None
+
     def __str__(self) -> str:
         return f"Unavailable: {self.problem}" if self.state is SvidState.UNAVAILABLE else self.state.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SvidSummary:
+    """A `SvidManager` in numbers. Each of its identities is in one of the first four."""
+
+    available: int
+    """Have a valid SVID, and the last request for one did not fail."""
+    renewal_fails: int
+    """Have a valid SVID, but the last request for the next one failed."""
+    initializing: int
+    """Have been asked for, and nothing has come yet."""
+    unavailable: int
+    """Have no valid SVID, and the last request failed."""
+    first_expiry: datetime | None
+    """When the first of the valid ones expires; None when there are none."""
+    requests: int
+    """Requests for an SVID that have been answered, or have failed, since it was made."""
+    requests_failed: int
+    """Those of them that failed."""
 
 
 class _Urgency(IntEnum):
@@ -277,6 +302,7 @@ class SvidManager:
         self._chance = chance
         self._entries: dict[SpiffeIdentity, _Entry] = {}
         self._unanswered = 0
+        self._requests = self._requests_failed = 0
         self._queue = _Queue()
         self._wake = trio.Event()
         self._stopped = False
@@ -356,6 +382,28 @@ class SvidManager:
         now = self._now()
         return tuple(entry.status(now) for entry in self._entries.values())
 
+    def summary(self) -> SvidSummary:
+        """`states` in numbers. A millisecond for ten thousand."""
+        now = self._now()
+        expiries: list[datetime] = []
+        failing = initializing = 0
+        for entry in self._entries.values():
+            if entry.expires is not None and now <= entry.expires:
+                expiries.append(entry.expires)
+                failing += entry.problem is not None
+            else:
+                initializing += entry.problem is None
+        valid = len(expiries)
+        return SvidSummary(
+            available=valid - failing,
+            renewal_fails=failing,
+            initializing=initializing,
+            unavailable=len(self._entries) - valid - initializing,
+            first_expiry=min(expiries, default=None),
+            requests=self._requests,
+            requests_failed=self._requests_failed,
+        )
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Ask for what is due, until cancelled. Once only; raises nothing else."""
         task_status.started()
@@ -432,6 +480,7 @@ class SvidManager:
         entry.fetching = None
         if entry.forgotten:
             return
+        self._requests += 1
         self._unanswered -= entry.unanswered
         if svid is not None:
             self._take(entry, svid)
@@ -454,6 +503,7 @@ class SvidManager:
         self._schedule(entry, _Urgency.RENEWAL, now + max((entry.expires - now) / 2, _LEAST_LIFE))
 
     def _failed(self, entry: _Entry, problem: str) -> None:
+        self._requests_failed += 1
         entry.problem = problem
         entry.failures += 1
         now = self._now()

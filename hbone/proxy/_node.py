@@ -44,6 +44,7 @@ from hbone.errors import (
     CertificateUnavailable,
     ConfigError,
     ConfigFault,
+    InvalidCertificate,
     ListenFailed,
     MeshConfigError,
 )
@@ -193,6 +194,7 @@ class Node:
         self._make_parts()
         await self._prepare(self.mesh.snapshot)
         async with AsyncExitStack() as stack:
+            stack.callback(self.metrics.add_certificates(self._svids.summary))
             background = await stack.enter_async_context(_nursery())
             outbound = self._outbound = await stack.enter_async_context(NodeOutbound(self._context))
             serving = await stack.enter_async_context(_nursery())
@@ -440,7 +442,7 @@ class Node:
             config.key,
             config.roots,
             on_reload=self._files_reloaded,
-            on_error=lambda problem: _log.error("certificate files not taken, the old ones stay in use: %s", problem),
+            on_error=self._files_useless,
         )
         self._check_identity(files.identity)
 
@@ -448,6 +450,8 @@ class Node:
             await trio.lowlevel.checkpoint()
             if identity != files.identity:
                 raise CertificateUnavailable(identity, f"the certificate files are of {files.identity}")
+            if files.last_error is not None:
+                raise InvalidCertificate(str(files.last_error))
             return files.current()
 
         return issue
@@ -476,12 +480,20 @@ class Node:
     def _files_reloaded(self, svid: Svid) -> None:
         self._svids.renew(svid.identity)
 
+    def _files_useless(self, problem: InvalidCertificate) -> None:
+        _log.error("certificate files not taken, the old ones stay in use: %s", problem)
+        assert self._files is not None
+        self._svids.renew(self._files.identity)  # which fails, and is shown
+
     def _certificate_changed(self, status: SvidStatus) -> None:
         fields = {"identity": status.identity}
-        if status.problem is not None:
+        until = None if status.svid is None else f"{status.svid.not_after:%Y-%m-%dT%H:%M:%SZ}"
+        if status.renewal_fails:
+            failed = {**fields, "until": until, "error": status.problem}
+            _log.warning("certificate not renewed, the old one stays in use", extra={"fields": failed})
+        elif status.problem is not None:
             _log.warning("no certificate", extra={"fields": {**fields, "error": status.problem}})
-        elif status.svid is not None:
-            until = f"{status.svid.not_after:%Y-%m-%dT%H:%M:%SZ}"
+        elif until is not None:
             _log.debug("certificate available", extra={"fields": {**fields, "until": until}})
         self._certificates_changed.set()
 
@@ -701,8 +713,6 @@ async def _serve_http(server: AdminServer, listener: socket.socket, local_only: 
 
 def _open_or_create(directory: Any) -> LocalCA:
     """The CA in a directory whatever its trust domain is; one of cluster.local if there is none."""
-    from hbone.errors import InvalidCertificate
-
     try:
         return LocalCA.open(directory)
     except InvalidCertificate:

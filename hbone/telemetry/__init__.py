@@ -23,12 +23,12 @@ from hbone.telemetry._observer import MetricsObserver
 from hbone.telemetry._oplog import LogHandler, log_to
 
 if TYPE_CHECKING:
-    from hbone.telemetry._metrics import Metrics, OpenConnection
+    from hbone.telemetry._metrics import CertificateSummary, Metrics, OpenConnection
 else:
 
     def __getattr__(name: str) -> object:
         # prometheus-client brings an HTTP server along, 2 MB that a proxy without metrics has no use for.
-        if name in ("Metrics", "OpenConnection"):
+        if name in ("CertificateSummary", "Metrics", "OpenConnection"):
             from hbone.telemetry import _metrics
 
             return getattr(_metrics, name)
@@ -39,6 +39,7 @@ __all__ = [
     "AccessLog",
     "AccessPattern",
     "AccessRecord",
+    "CertificateSummary",
     "Direction",
     "LogControl",
     "LogFormat",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
@@ -29,10 +29,11 @@ from hbone.telemetry._labels import OTHER, UNKNOWN, TrafficLabels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from datetime import datetime
 
     from hbone.transport import PoolStatistics, Session
 
-__all__ = ["Metrics", "OpenConnection"]
+__all__ = ["CertificateSummary", "Metrics", "OpenConnection"]
 
 _FLAGS = frozenset(
     {
@@ -54,6 +55,8 @@ _EOF: Final = b"# EOF\n"
 _ROLE: Final = ("role",)
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _BOUNDS = (*map(str, _BUCKETS), "+Inf")
+#: As a `CertificateSummary` calls them.
+_CERTIFICATE_STATES: Final = ("available", "renewal_fails", "initializing", "unavailable")
 _POOL_STATES: Final = ("connecting", "ready", "full", "draining")
 _POOL_GAUGES: Final = {
     "tunnels": "Tunnels of the connection pools, open or being opened.",
@@ -136,6 +139,38 @@ class OpenConnection:
             self._sent = sent
 
 
+class CertificateSummary(Protocol):
+    """What there is to count of certificates; a `hbone.certs.SvidSummary` is one."""
+
+    @property
+    def available(self) -> int:
+        """Identities that have a valid one."""
+
+    @property
+    def renewal_fails(self) -> int:
+        """Those that have a valid one, too, but the last request for the next one failed."""
+
+    @property
+    def initializing(self) -> int:
+        """Those for which one has been asked for."""
+
+    @property
+    def unavailable(self) -> int:
+        """Those that have none."""
+
+    @property
+    def first_expiry(self) -> datetime | None:
+        """When the first valid one expires."""
+
+    @property
+    def requests(self) -> int:
+        """Requests so far."""
+
+    @property
+    def requests_failed(self) -> int:
+        """Those that failed."""
+
+
 class Metrics:
     """All counters of one process (or one node, when a process runs several).
 
@@ -170,6 +205,8 @@ class Metrics:
         self._sockets: list[tuple[str, Callable[[], int]]] = []
         self._pools: list[Callable[[], PoolStatistics]] = []
         self._pools_gone: dict[str, int] = dict.fromkeys(_POOL_COUNTERS, 0)
+        self._certificates: list[Callable[[], CertificateSummary]] = []
+        self._certificate_requests: dict[tuple[str], int] = {}
         self._readings: dict[str, _Reading] = {}
         self._texts = Texts()
         self.registry: CollectorRegistry = CollectorRegistry(auto_describe=False)
@@ -332,6 +369,23 @@ class Metrics:
             for name in _POOL_COUNTERS:
                 self._pools_gone[name] += getattr(last, name)
 
+    def add_certificates(self, summary: Callable[[], CertificateSummary]) -> Callable[[], None]:
+        """Shows the state of the certificates of somebody who keeps some, summed up with those of others.
+
+        Args:
+            summary: `hbone.certs.SvidManager.summary`.
+
+        Returns:
+            To call when it keeps them no more; what it counted stays counted.
+        """
+        self._certificates.append(summary)
+        return partial(self._remove_certificates, summary)
+
+    def _remove_certificates(self, summary: Callable[[], CertificateSummary]) -> None:
+        if summary in self._certificates:
+            self._certificates.remove(summary)
+            _add_requests(self._certificate_requests, summary())
+
     def add_reading(
         self,
         name: str,
@@ -440,6 +494,7 @@ class Metrics:
         if self._mesh_faults is not None:
             faults.add((), (), self._mesh_faults)
         yield faults
+        yield from self._collect_certificates()
         yield from self._collect_pools()
         for name, reading in self._readings.items():
             family = Family(name, "counter" if reading.counter else "gauge", reading.documentation)
@@ -494,6 +549,32 @@ class Metrics:
             family.add(("role", "direction"), key, number)
         return family
 
+    def _collect_certificates(self) -> Iterator[Family]:
+        summaries = [summary() for summary in self._certificates]
+        states = Family("hbone_certificates", "gauge", "Identities by the state of their certificates.")
+        if summaries:
+            for state in _CERTIFICATE_STATES:
+                states.add(("state",), (state,), sum(getattr(one, state) for one in summaries))
+        yield states
+        expiry = Family(
+            "hbone_certificate_expiry_timestamp_seconds",
+            "gauge",
+            "When the first of the valid certificates expires, in seconds since the epoch.",
+        )
+        expiries = [one.first_expiry for one in summaries if one.first_expiry is not None]
+        if expiries:
+            expiry.add((), (), min(expiries).timestamp())
+        yield expiry
+        requests = self._certificate_requests.copy()
+        for one in summaries:
+            _add_requests(requests, one)
+        yield _counter(
+            "hbone_certificate_requests",
+            "Requests for certificates, first ones and renewals, by what came of them.",
+            ("result",),
+            requests,
+        )
+
     def _collect_pools(self) -> Iterator[Family]:
         if not self._pools and not any(self._pools_gone.values()):
             return
@@ -517,6 +598,11 @@ class _Reading(NamedTuple):
     counter: bool
     labels: tuple[str, ...]
     read: dict[tuple[str, ...], Callable[[], float]]
+
+
+def _add_requests(requests: dict[tuple[str], int], summary: CertificateSummary) -> None:
+    for result, number in (("ok", summary.requests - summary.requests_failed), ("failed", summary.requests_failed)):
+        requests[result,] = requests.get((result,), 0) + number
 
 
 def _by_role(name: str, documentation: str, values: dict[str, int]) -> Family:

@@ -202,6 +202,44 @@ async def test_a_new_one_can_be_asked_for_before_its_time(autojump_clock: MockCl
         assert state(manager, A) == "Available"
 
 
+async def test_renewals_that_fail_can_be_seen_before_the_end(autojump_clock: MockClock) -> None:
+    """In the status of each identity, and in the numbers of all."""
+    ca = Authority(ttl=HOUR)
+    async with Running(ca) as manager:
+
+        def numbers() -> tuple[int, ...]:
+            summary = manager.summary()
+            states = [(status.state, status.renewal_fails) for status in manager.states()]
+            counts = (summary.available, summary.renewal_fails, summary.initializing, summary.unavailable)
+            assert counts == (
+                states.count((SvidState.AVAILABLE, False)),
+                states.count((SvidState.AVAILABLE, True)),
+                states.count((SvidState.INITIALIZING, False)),
+                states.count((SvidState.UNAVAILABLE, False)),
+            )
+            return counts
+
+        assert manager.summary().first_expiry is None
+        manager.want([A, B])
+        assert numbers() == (0, 0, 2, 0)
+        await trio.sleep(0.1 * HOUR)
+        assert numbers() == (2, 0, 0, 0)
+        assert manager.summary().first_expiry == START + timedelta(seconds=HOUR)
+        ca.refusing[A] = "no"
+        await trio.sleep(0.5 * HOUR)
+        assert numbers() == (1, 1, 0, 0)
+        assert state(manager, A) == "Available"
+        assert manager.summary().first_expiry == START + timedelta(seconds=HOUR)
+        await trio.sleep(0.5 * HOUR)
+        assert numbers() == (1, 0, 0, 1)
+        summary = manager.summary()
+        assert summary.first_expiry == manager.source(B).current().not_after
+        assert (summary.requests, summary.requests_failed) == (len(ca.asked), len(ca.times(A)) - 1)
+        ca.refusing.clear()
+        await trio.sleep(200)
+        assert numbers() == (2, 0, 0, 0)
+
+
 # === order and bound ===
 
 

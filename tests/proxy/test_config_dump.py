@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from support.meshes import policy, service, workload
 
 from hbone.address import Authority, Endpoint
 from hbone.admin import json_pieces
-from hbone.certs import LocalCA, SvidManager, dump_certificates, local_ca_issuer
+from hbone.certs import LocalCA, SvidManager, SvidState, SvidStatus, dump_certificates, local_ca_issuer
 from hbone.errors import CertificateUnavailable
 from hbone.identity import SpiffeIdentity
 from hbone.mesh import Action, HealthStatus, MeshSnapshot, TunnelProtocol
@@ -212,3 +213,26 @@ async def test_certificates_without_keys(nursery):
     assert base64.b64decode(root["pem"]) == ca.roots_pem
     assert base64.b64decode(leaf["pem"]).startswith(b"-----BEGIN CERTIFICATE-----\n")
     assert b"PRIVATE" not in b"".join(json_pieces(dump_certificates(manager.states())))
+
+
+async def test_a_certificate_that_is_not_renewed():
+    """It is available, as long as it is valid, and has something besides that ztunnel's has not."""
+    identity = SpiffeIdentity.parse("spiffe://cluster.local/ns/b/sa/x")
+    svid = LocalCA.in_memory().issue(identity)
+
+    def shown(**fields):
+        state = {"identity": identity, "state": SvidState.AVAILABLE, "problem": None, "svid": svid}
+        (one,) = as_json(dump_certificates([SvidStatus(**{**state, "next_attempt": None, **fields})]))
+        return one
+
+    good = shown()
+    assert good["state"] == "Available"
+    assert "renewal" not in good
+    when = datetime(2030, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
+    assert shown(problem="no", next_attempt=when) == {
+        **good,
+        "renewal": {"error": "no", "nextAttempt": "2030-01-02T03:04:05Z"},
+    }
+    assert shown(problem="no")["renewal"] == {"error": "no", "nextAttempt": None}
+    expired = shown(problem="no", state=SvidState.UNAVAILABLE)
+    assert expired == {**good, "state": "Unavailable: no"}

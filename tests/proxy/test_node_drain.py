@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import trio
@@ -57,6 +58,13 @@ async def blockers(node):
     status, body = await fetch(node, "readiness", "/healthz/ready")
     assert (status == 200) is (body == "ready\n")
     return [] if status == 200 else body.splitlines()[1:]
+
+
+async def metric(node, sample):
+    """What a scrape says of it."""
+    _, body = await fetch(node, "stats", "/metrics")
+    (line,) = (line for line in body.splitlines() if line.startswith(f"{sample} "))
+    return float(line.split()[-1])
 
 
 class Gate:
@@ -110,21 +118,49 @@ async def test_certificates_that_take_too_long(config, ca_dir, monkeypatch):
             await read(stream, 6)
 
 
-async def test_renewals_that_fail_do_not_make_it_unready(config, ca_dir, monkeypatch):
-    """What there is stays in use, and the dump and the log say what does not work."""
+async def test_renewals_that_fail_do_not_make_it_unready(config, ca_dir, monkeypatch, caplog):
+    """What there is stays in use, and the dump, the metrics and the log say what does not work."""
     gate = Gate(ca_dir, monkeypatch)
     gate.open.set()
+    caplog.set_level("WARNING", "hbone.proxy.node")
+
+    async def counted():
+        return {
+            "states": [
+                await metric(node, f'hbone_certificates{{state="{state}"}}') for state in ("available", "renewal_fails")
+            ],
+            "failed": await metric(node, 'hbone_certificate_requests_total{result="failed"}'),
+        }
+
     async with application() as port, Node(config, mesh=mesh(port)) as node:
         await node.ready.wait()
+        assert await counted() == {"states": [1, 0], "failed": 0}
+        (before,) = (await dump(node))["certificates"]
+        expires = datetime.fromisoformat(before["certChain"][0]["expirationTime"]).timestamp()
+        assert await metric(node, "hbone_certificate_expiry_timestamp_seconds") == expires
         gate.broken = True
         (identity,) = node._svids.identities
         node._svids.renew(identity)
         while node._svids.states()[0].problem is None:
             await trio.sleep(0.001)
         assert await blockers(node) == []
-        assert (await dump(node))["certificates"][0]["state"] == "Available"
+        (after,) = (await dump(node))["certificates"]
+        renewal = after.pop("renewal")
+        assert after == before
+        assert after["state"] == "Available"
+        assert renewal["error"] == "the CA is away"
+        now = await counted()
+        assert (now["states"], now["failed"] >= 1) == ([0, 1], True)
+        (line, *_) = (record for record in caplog.records if "certificate" in record.getMessage())
+        assert line.getMessage() == "certificate not renewed, the old one stays in use"
+        assert line.fields["error"] == "the CA is away"
         async with await connect(node, VIP, 80) as stream:
             await read(stream, 6)
+        gate.broken = False
+        node._svids.renew(identity)
+        while "renewal" in (await dump(node))["certificates"][0]:
+            await trio.sleep(0.001)
+        assert (await counted())["states"] == [1, 0]
 
 
 # === the end ===

@@ -344,6 +344,30 @@ async def test_certificates_from_files_and_their_renewal(files):
         assert (second["identity"], second["state"]) == (first["identity"], "Available")
 
 
+async def test_files_that_are_of_no_use_any_more(files):
+    """The node goes on with what it has, and shows that: an expiry must not come as a surprise."""
+    config = files("web")
+    async with Node(config, mesh=mesh(9)) as node:
+        await node.ready.wait()
+        (good,) = (await dump(node))["certificates"]
+        right = config.cert.read_bytes()
+        config.cert.write_bytes(b"half a certif")
+        with pytest.raises(InvalidCertificate) as problem:
+            node._files.reload()
+        node._files._on_error(problem.value)  # both is what is done every few seconds
+        while "renewal" not in (shown := (await dump(node))["certificates"][0]):
+            await trio.sleep(0.001)
+        assert shown.pop("renewal")["error"] == str(problem.value)
+        assert shown == good
+        _, metrics = await fetch(node, "stats", "/metrics")
+        assert 'hbone_certificates{state="renewal_fails"} 1' in metrics
+        config.cert.write_bytes(right)
+        files("web")
+        assert node._files.reload()
+        while "renewal" in (await dump(node))["certificates"][0]:
+            await trio.sleep(0.001)
+
+
 async def test_files_of_somebody_else(files):
     with pytest.raises(
         ConfigError, match="is of spiffe://cluster.local/ns/shop/sa/db, and the workload shop/web-0/web"

@@ -174,6 +174,12 @@ METRICS = (
         "ztunnel reads it once; here it may change",
     ),
     _more(
+        "{a,b} / metrics / {hbone_certificates,hbone_certificate_requests,hbone_certificate_expiry_timestamp_seconds}"
+        " / **",
+        "identities by the state of their certificates, requests, the first expiry",
+        "Renewals that fail are seen before the certificate expires",
+    ),
+    _more(
         "a / metrics / {hbone_pool_sessions,hbone_pool_tunnels,hbone_pool_waiting,hbone_pool_dials,"
         "hbone_pool_dials_failed,hbone_pool_requests,hbone_pool_reused,hbone_pool_retried} / **",
         "of the connection pools",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
+from hbone.certs import SvidSummary
 from hbone.errors import IdentityRefused
 from hbone.telemetry import Metrics, TrafficLabels
 from hbone.telemetry._exposition import Family, Texts, exposition
@@ -326,6 +328,30 @@ def test_pools_are_summed_up_and_what_they_counted_stays() -> None:
     assert number(metrics, "hbone_pool_dials_total") == 7
     assert number(metrics, "hbone_pool_requests_total") == 9
     assert number(metrics, "hbone_pool_retried_total") == 1
+
+
+def test_certificates_are_summed_up_and_what_was_asked_for_stays() -> None:
+    def keeps(first_expiry: datetime | None, **numbers: int) -> SvidSummary:
+        none = dict.fromkeys("available renewal_fails initializing unavailable requests requests_failed".split(), 0)
+        return SvidSummary(first_expiry=first_expiry, **{**none, **numbers})
+
+    metrics = Metrics()
+    assert b"hbone_certificate" not in metrics.render()[1]
+    soon, later = (datetime(2030, 1, day, tzinfo=UTC) for day in (1, 2))
+    first = keeps(later, available=2, renewal_fails=1, requests=7, requests_failed=3)
+    second = keeps(soon, available=1, initializing=2, unavailable=3, requests=4)
+    remove = metrics.add_certificates(lambda: first)
+    assert number(metrics, "hbone_certificate_expiry_timestamp_seconds") == later.timestamp()
+    metrics.add_certificates(lambda: second)
+    metrics.add_certificates(lambda: keeps(None))
+    for state, count in {"available": 3, "renewal_fails": 1, "initializing": 2, "unavailable": 3}.items():
+        assert number(metrics, "hbone_certificates", state=state) == count
+    assert number(metrics, "hbone_certificate_expiry_timestamp_seconds") == soon.timestamp()
+    remove()
+    remove()
+    assert number(metrics, "hbone_certificates", state="available") == 1
+    assert number(metrics, "hbone_certificate_requests_total", result="ok") == 8
+    assert number(metrics, "hbone_certificate_requests_total", result="failed") == 3
 
 
 def test_readings_with_labels() -> None:
