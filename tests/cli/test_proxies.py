@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from support.apps import dial, exchange
+from support.apps import dial, exchange, transfer
 from support.backends import Backend, echo, http_app, own_loopback, pattern, pattern_sha, sink
 from support.certs import CLIENT, SERVER
 from support.command import WAIT, Node, files, hbone
@@ -36,12 +36,6 @@ def far(pki, near):
     words = ["--via", near.address(), "--http-proxy", "0", "--socks", "0", "--admin", "0"]
     with Node.outbound(pki.client, *words) as node:
         yield node
-
-
-def transfer(port, size, **options):
-    """Sends `size` bytes and the end, and says what came back."""
-    with dial(port, **options) as sock:
-        return exchange(sock, size)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import threading
 import pytest
 import trio
 from support import ours
-from support.apps import dial, exchange
+from support.apps import dial, exchange, transfer
 from support.backends import (
     Backend,
     echo,
@@ -93,8 +93,7 @@ async def test_envoy_to_us_the_server_knows_who_asks(pki, tmp_path):
 async def test_envoy_to_us_refused_identity_by_root(pki, tmp_path):
     def script():
         with originate(tmp_path, near, app.target, leaf=pki.foreign) as envoy:
-            with dial(envoy.port(app.target)) as sock:
-                assert exchange(sock, 10).received == 0
+            assert transfer(envoy.port(app.target), 10).received == 0
             assert "flags=" in envoy.wait_log("ORIG")
 
     with Backend(echo) as app:
@@ -107,8 +106,7 @@ async def test_envoy_to_us_refused_identity_by_root(pki, tmp_path):
 async def test_envoy_to_us_refused_identity_by_trust_domain(pki, tmp_path):
     def script():
         with originate(tmp_path, near, app.target, leaf=pki.other_trust_domain) as envoy:
-            with dial(envoy.port(app.target)) as sock:
-                assert exchange(sock, 10).received == 0
+            assert transfer(envoy.port(app.target), 10).received == 0
 
     with Backend(echo) as app:
         async with forwarding() as near:
@@ -127,11 +125,9 @@ async def test_envoy_to_us_refused_identity_by_policy(pki, tmp_path):
             originate(tmp_path, near, app.target, leaf=pki.client) as good,
             originate(tmp_path, near, app.target, leaf=pki.other) as bad,
         ):
-            with dial(bad.port(app.target)) as sock:
-                outcome = exchange(sock, 10)
-                assert (outcome.received, outcome.end) == (0, "reset")
-            with dial(good.port(app.target)) as sock:
-                assert exchange(sock, 10).received == 10
+            outcome = transfer(bad.port(app.target), 10)
+            assert (outcome.received, outcome.end) == (0, "reset")
+            assert transfer(good.port(app.target), 10).received == 10
 
     with Backend(echo) as app:
         async with serving(handler) as near:
@@ -142,8 +138,7 @@ async def test_envoy_to_us_refused_identity_by_policy(pki, tmp_path):
 async def test_envoy_refuses_our_servers_identity(pki, tmp_path):
     def script():
         with originate(tmp_path, near, app.target, leaf=pki.client, expect="spiffe://cluster.local/ns/a/sa/b") as envoy:
-            with dial(envoy.port(app.target)) as sock:
-                assert exchange(sock, 10).received == 0
+            assert transfer(envoy.port(app.target), 10).received == 0
 
     with Backend(echo) as app:
         async with forwarding() as near:
@@ -154,8 +149,8 @@ async def test_envoy_refuses_our_servers_identity(pki, tmp_path):
 async def test_envoy_to_us_refused_target(pki, tmp_path):
     def script():
         target = f"127.0.0.1:{port}"
-        with originate(tmp_path, near, target, leaf=pki.client) as envoy, dial(envoy.port(target)) as sock:
-            outcome = exchange(sock, 10)
+        with originate(tmp_path, near, target, leaf=pki.client) as envoy:
+            outcome = transfer(envoy.port(target), 10)
             assert (outcome.received, outcome.end) == (0, "reset")
             assert envoy.counter("cluster.hbone.upstream_rq_503") in (0, 1)
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support import frames
-from support.apps import dial, exchange
+from support.apps import dial, exchange, transfer
 from support.backends import (
     Backend,
     echo,
@@ -105,9 +105,8 @@ def test_envoy_to_node_refuses_what_node_cannot_reach(pki, tmp_path):
         Envoy.originator(
             tmp_path, pki.client, hbone_port=far.port, expect=SERVER, targets=[f"127.0.0.1:{port}"]
         ) as near,
-        dial(near.port(f"127.0.0.1:{port}")) as sock,
     ):
-        assert exchange(sock, 10).end == "reset"
+        assert transfer(near.port(f"127.0.0.1:{port}"), 10).end == "reset"
         assert far.wait("upstream-error")["error"] == "ECONNREFUSED"
 
 

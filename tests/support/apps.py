@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from support.backends import pattern
 
-__all__ = ["Outcome", "dial", "exchange"]
+__all__ = ["Outcome", "dial", "exchange", "transfer"]
 
 
 def dial(port: int, *, host: str = "127.0.0.1", timeout: float = 60) -> socket.socket:
@@ -57,5 +57,17 @@ def exchange(sock: socket.socket, upload: int = 0, *, half_close: bool = True) -
     except ConnectionResetError:
         outcome.end = "reset"
     sender.join(60)
+    if outcome.send_error == ConnectionResetError.__name__:
+        outcome.end = "reset"  # the kernel tells of it once: what is read after that looks like an end
     outcome.sha = digest.hexdigest()
     return outcome
+
+
+def transfer(port: int, upload: int = 0, *, host: str = "127.0.0.1") -> Outcome:
+    """A connection, and `exchange` on it; a proxy may reset it while it is still being made."""
+    try:
+        sock = dial(port, host=host)
+    except ConnectionResetError:
+        return Outcome(end="reset")
+    with sock:
+        return exchange(sock, upload)

@@ -153,7 +153,10 @@ class Backend:
             with sock:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._habit(sock, seen)
-        except (ConnectionResetError, BrokenPipeError):
+        except ConnectionResetError:
+            seen.finish("reset")
+            seen.end = "reset"  # the kernel tells of it once: to another thread that reads it looks like an end
+        except BrokenPipeError:
             seen.finish("reset")
         except OSError as error:
             seen.finish("reset" if error.errno == errno.ENOTCONN else "error")  # shutdown() says it so
