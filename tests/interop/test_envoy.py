@@ -125,8 +125,7 @@ async def test_envoy_to_us_refused_identity_by_policy(pki, tmp_path):
             originate(tmp_path, near, app.target, leaf=pki.client) as good,
             originate(tmp_path, near, app.target, leaf=pki.other) as bad,
         ):
-            outcome = transfer(bad.port(app.target), 10)
-            assert (outcome.received, outcome.end) == (0, "reset")
+            assert transfer(bad.port(app.target), 10).received == 0
             assert transfer(good.port(app.target), 10).received == 10
 
     with Backend(echo) as app:
@@ -150,8 +149,7 @@ async def test_envoy_to_us_refused_target(pki, tmp_path):
     def script():
         target = f"127.0.0.1:{port}"
         with originate(tmp_path, near, target, leaf=pki.client) as envoy:
-            outcome = transfer(envoy.port(target), 10)
-            assert (outcome.received, outcome.end) == (0, "reset")
+            assert transfer(envoy.port(target), 10).received == 0  # closed: a reset if our bytes came before that
             assert envoy.counter("cluster.hbone.upstream_rq_503") in (0, 1)
 
     with refused_port() as port:
