@@ -11,4 +11,4 @@ def mesh(hbone_ca):
 
 
 def test_one(app_port, mesh):
-    assert httpx.get(mesh.pair(app_port).url).text == "hello\n"
+    assert httpx.get(mesh.pair(app_port).url, timeout=60).text == "hello\n"
