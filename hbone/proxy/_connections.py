@@ -6,6 +6,9 @@ the workload that it goes to; what is no longer allowed is closed. That happens 
 in between: ten thousand connections must not hold up the bytes of one. A change that comes meanwhile counts from the
 next slice on, and is followed by another round: a mesh that never rests does not keep those at the end from their turn.
 
+Should judging itself fail, it fails closed: the connection that was judged is not let in, or is closed, and the others
+go on. Nothing of the mesh can do that as far as we know; but what guards must not stand open when we are wrong.
+
 Outbound connections are registered only to be shown.
 """
 
@@ -18,13 +21,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from hbone.mesh import Action
+from hbone.rbac import PolicyFailed, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from hbone.address import Authority, Endpoint
     from hbone.mesh import MeshSnapshot, MeshState, Workload
-    from hbone.rbac import Authorizer, DryRunMatch, Flow, Verdict
+    from hbone.rbac import Authorizer, DryRunMatch, Flow
 
 __all__ = ["ConnectionTable", "InboundConnection", "ShownConnection"]
 
@@ -197,19 +201,37 @@ class ConnectionTable:
                 began = time.perf_counter()
             if connection not in self._inbound or connection.revoked is not None:
                 continue
-            verdict = self._judge(connection, self._mesh.snapshot)
-            if not verdict.allowed:
-                connection.revoke(verdict)
-                self._tell(connection, verdict)
-            elif verdict.dry_run != connection.dry_run:
-                self._tell_dry_run(connection, verdict)
+            try:
+                self._judge_again(connection)
+            except Exception:  # noqa: BLE001 - one of thousands, and the others are to be judged as well
+                _log.exception("policy: %s: what was decided could not be done", _words(connection))
+
+    def _judge_again(self, connection: InboundConnection) -> None:
+        verdict = self._judge(connection, self._mesh.snapshot)
+        if not verdict.allowed:
+            connection.revoke(verdict)
+            self._tell(connection, verdict)
+        elif verdict.dry_run != connection.dry_run:
+            self._tell_dry_run(connection, verdict)
 
     def _judge(self, connection: InboundConnection, snapshot: MeshSnapshot) -> Verdict:
         # A workload that has left the mesh is judged as it was last: its connections are still to it.
         newest = snapshot.workloads.get(connection.workload.uid)
         if newest is not None:
             connection.workload = newest
-        return self._authorizer.authorize(snapshot, connection.workload, connection.flow)
+        try:
+            return self._authorizer.authorize(snapshot, connection.workload, connection.flow)
+        except Exception as problem:  # noqa: BLE001 - whatever it is: nobody has said yes
+            return self._failed(connection, snapshot, problem)
+
+    def _failed(self, connection: InboundConnection, snapshot: MeshSnapshot, problem: Exception) -> Verdict:
+        policy = problem.policy if isinstance(problem, PolicyFailed) else None
+        reason = str(problem) if policy is not None else f"policies cannot be evaluated: {problem!r}"
+        # The stack once for each picture of the mesh: whoever connects a thousand times must not fill the log.
+        first = snapshot.memo.get(self) is None
+        snapshot.memo[self] = reason
+        _log.error("policy: %s: denied (%s)", _words(connection), reason, exc_info=problem if first else None)
+        return Verdict(allowed=False, policy=policy, reason=reason)
 
     # === what is told ===
 

@@ -328,7 +328,10 @@ class Node:
     async def _prepare(self, snapshot: MeshSnapshot) -> None:
         """Work out ahead, in a thread, what takes time in a large mesh."""
         served = await self._prefetch.look(snapshot)
-        await trio.to_thread.run_sync(partial(self._authorizer.prepare, snapshot, served, pause=_pause))
+        try:
+            await trio.to_thread.run_sync(partial(self._authorizer.prepare, snapshot, served, pause=_pause))
+        except Exception:  # noqa: BLE001 - whom it concerns is not let in; all others are
+            _log.exception("the policies of the mesh could not be prepared")
 
     def _local(self, mesh: MeshState) -> LocalWorkloads:
         config = self.config

@@ -14,7 +14,7 @@ import trio
 from hbone.errors import CertificateUnavailable, ConnectFailed, RequestRejected
 from hbone.protocol import Baggage, ConnectResponse, ErrorCode, ProxyHeader
 from hbone.proxy._connections import InboundConnection
-from hbone.proxy._facts import baggage_of, cause_of, error_text, identity_of, inbound_record, outcome
+from hbone.proxy._facts import baggage_of, cause_of, error_text, identity_of, inbound_record, outcome, stopped
 from hbone.rbac import Flow
 from hbone.routing import NoInboundRoute, route_inbound
 from hbone.telemetry import (
@@ -201,6 +201,9 @@ class NodeInbound:
             error = cause_of(exc)
         except trio.Cancelled:
             error = ConnectFailed("cancelled: the request was taken back, or the node is stopping")
+            raise
+        except BaseException as exc:
+            error = stopped(exc)
             raise
         finally:
             if connection is not None:

@@ -16,7 +16,7 @@ from hbone.rbac._explain import (
     RuleFinding,
     explain_verdict,
 )
-from hbone.rbac._values import DryRunMatch, Flow, HasPolicies, Verdict
+from hbone.rbac._values import DryRunMatch, Flow, HasPolicies, PolicyFailed, Verdict
 
 __all__ = [
     "Authorizer",
@@ -29,6 +29,7 @@ __all__ = [
     "Flow",
     "HasPolicies",
     "MatchFinding",
+    "PolicyFailed",
     "PolicyFinding",
     "PolicySet",
     "RuleFinding",

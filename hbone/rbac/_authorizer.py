@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from hbone.mesh import Action, Scope
 from hbone.rbac._evaluate import NO_ALLOW, NONE_ALLOWED
 from hbone.rbac._index import PolicyIndex, facts_of
-from hbone.rbac._values import DryRunMatch, Verdict
+from hbone.rbac._values import DryRunMatch, PolicyFailed, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -49,6 +49,10 @@ class Authorizer:
             snapshot: the mesh.
             workload: the destination.
             flow: the connection.
+
+        Raises:
+            PolicyFailed: a policy that the workload is subject to cannot be made sense of: let nobody in. What is for
+                other workloads is not touched by that.
         """
         prepared = self._current
         if prepared.policies is not snapshot.policies:
@@ -82,6 +86,9 @@ class Authorizer:
                 workloads select one by one.
             pause: called about every millisecond of work. In a thread beside an event loop let it sleep a moment, to
                 give the loop the interpreter.
+
+        Raises:
+            PolicyFailed: see `authorize`, which will say the same.
         """
         current, coming = self._current, self._coming
         if snapshot.policies is current.policies:
@@ -90,11 +97,13 @@ class Authorizer:
             prepared = coming
         else:
             prepared = current.after(snapshot.policies)
-        for _ in prepared.everything() if workloads is None else prepared.everything_for(workloads):
-            if pause is not None:
-                pause()
-        if prepared is not current:
-            self._coming = prepared
+        try:
+            for _ in prepared.everything() if workloads is None else prepared.everything_for(workloads):
+                if pause is not None:
+                    pause()
+        finally:
+            if prepared is not current:
+                self._coming = prepared
 
 
 class _Prepared:
@@ -119,6 +128,8 @@ class _Prepared:
         self._selected: dict[tuple[str, ...], PolicyIndex] = {}
         self._parts: dict[str, tuple[Workload, tuple[PolicyIndex, ...]]] = {}
         """By uid. To look up by what decides, the named policies, takes long for many of them."""
+        self._failed: dict[str | tuple[str, ...] | None, PolicyFailed] = {}
+        """By what `_indexes` and `_selected` are by: whoever asks next need not take as long to fail."""
         self._indexes_before = dict(indexes)
         self._selected_before = dict(selected)
 
@@ -133,16 +144,28 @@ class _Prepared:
 
     def everything(self) -> Iterator[None]:
         grouped = yield from self._grouped()
+        failed: PolicyFailed | None = None
         for namespace in grouped:
-            yield from self._index(namespace)
+            try:
+                yield from self._index(namespace)
+            except PolicyFailed as exc:
+                failed = exc
         self._indexes_before.clear()
+        if failed is not None:
+            raise failed
 
     def everything_for(self, workloads: Iterable[Workload]) -> Iterator[None]:
+        failed: PolicyFailed | None = None
         for workload in workloads:
             if self.known(workload) is None:
-                yield from self.parts(workload)
+                try:
+                    yield from self.parts(workload)
+                except PolicyFailed as exc:
+                    failed = exc
         self._indexes_before.clear()
         self._selected_before.clear()
+        if failed is not None:
+            raise failed
 
     def parts(self, workload: Workload) -> Generator[None, None, tuple[PolicyIndex, ...]]:
         """The indexes of the policies that a workload is subject to, each policy in one of them."""
@@ -162,7 +185,7 @@ class _Prepared:
             # Another thread may clear it between any two steps.
             index = self._selected.get(keys)
             if index is None:
-                index = yield from _made(selected, self._selected_before.pop(keys, None))
+                index = yield from self._made(keys, selected, self._selected_before.pop(keys, None))
                 if len(self._selected) >= _MAX_REMEMBERED:
                     self._selected.clear()
                 self._selected[keys] = index
@@ -179,9 +202,21 @@ class _Prepared:
             return None
         index = self._indexes.get(namespace)
         if index is None:
-            index = yield from _made(grouped[namespace], self._indexes_before.pop(namespace, None))
+            index = yield from self._made(namespace, grouped[namespace], self._indexes_before.pop(namespace, None))
             self._indexes[namespace] = index
         return index
+
+    def _made(
+        self, which: str | tuple[str, ...] | None, policies: _Keyed, before: PolicyIndex | None
+    ) -> Generator[None, None, PolicyIndex]:
+        failed = self._failed.get(which)
+        if failed is not None:
+            raise PolicyFailed(failed.policy, failed.why)
+        try:
+            return (yield from _made(policies, before))
+        except PolicyFailed as exc:
+            self._failed[which] = PolicyFailed(exc.policy, exc.why)  # without what its traceback holds on to
+            raise
 
     def _grouped(self) -> Generator[None, None, dict[str | None, _Keyed]]:
         if self._by_namespace is None:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 from hbone.mesh import Action, StringMatchKind
 from hbone.rbac._evaluate import canonical_network, source_of
-from hbone.rbac._values import DryRunMatch
+from hbone.rbac._values import DryRunMatch, PolicyFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -411,10 +411,17 @@ class PolicyIndex:
 
     @classmethod
     def build(cls, policies: tuple[tuple[str, AuthorizationPolicy], ...]) -> Generator[None, None, PolicyIndex]:
-        """Make one of policies and their keys, which are in order. Yields about every millisecond."""
+        """Make one of policies and their keys, which are in order. Yields about every millisecond.
+
+        Raises:
+            PolicyFailed: one of them cannot be made sense of.
+        """
         builder = _Builder()
         for key, policy in policies:
-            yield from builder.place(key, policy)
+            try:
+                yield from builder.place(key, policy)
+            except Exception as exc:
+                raise PolicyFailed(key, repr(exc)) from exc
         size = builder.position // 8 + 1
         self = cls()
         self.policies = policies

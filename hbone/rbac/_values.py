@@ -6,15 +6,31 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from hbone.errors import HboneError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hbone.identity import SpiffeIdentity
     from hbone.mesh import Action, AuthorizationPolicy
 
-__all__ = ["DryRunMatch", "Flow", "HasPolicies", "Verdict"]
+__all__ = ["DryRunMatch", "Flow", "HasPolicies", "PolicyFailed", "Verdict"]
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
+
+
+class PolicyFailed(HboneError):
+    """A policy cannot be made sense of, so nobody can be told what it says: a fault in `hbone`.
+
+    Attributes:
+        policy: its ``namespace/name``.
+        why: in words.
+    """
+
+    def __init__(self, policy: str, why: str) -> None:
+        super().__init__(f"policy {policy} cannot be evaluated: {why}")
+        self.policy = policy
+        self.why = why
 
 
 class HasPolicies(Protocol):

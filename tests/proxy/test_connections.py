@@ -32,7 +32,7 @@ from hbone import ConnectionPool, Endpoint, ErrorCode, HBONEClient, PolicyDenied
 from hbone.mesh import Action, Match, MeshSnapshot, MeshState, Scope, StringMatch, StringMatchKind
 from hbone.proxy import _connections, _node_inbound
 from hbone.proxy._connections import ConnectionTable, InboundConnection
-from hbone.rbac import Authorizer, Flow, Verdict
+from hbone.rbac import Authorizer, Flow, PolicyFailed, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,11 +69,11 @@ NO_PLAIN_TEXT = policy("shop/strict", rules=(((Match(not_principals=(StringMatch
 class Bench:
     """A table over a mesh of one workload, and connections to it."""
 
-    def __init__(self, *policies: AuthorizationPolicy, **options: Any) -> None:
+    def __init__(self, *policies: AuthorizationPolicy, authorizer: Authorizer | None = None, **options: Any) -> None:
         self.workload = member("stock", "10.0.0.2")
         self.mesh = MeshState(MeshSnapshot.build([self.workload], [], policies))
         self.verdicts: list[Verdict] = []
-        self.table = ConnectionTable(self.mesh, Authorizer(), on_verdict=self.verdicts.append, **options)
+        self.table = ConnectionTable(self.mesh, authorizer or Authorizer(), on_verdict=self.verdicts.append, **options)
         self.closed: list[InboundConnection] = []
 
     def connection(self, who: str | None = "cart", *, workload: Workload | None = None) -> InboundConnection:
@@ -398,6 +398,81 @@ def test_nothing_is_told_when_nobody_listens(caplog: pytest.LogCaptureFixture) -
     assert lines(caplog) == []
 
 
+class Faulty(Authorizer):
+    """Cannot judge some."""
+
+    def __init__(self, *names: str, policy: str | None = None) -> None:
+        super().__init__()
+        self.names = set(names)
+        self._policy = policy
+
+    def authorize(self, snapshot: Any, workload: Workload, flow: Flow) -> Verdict:
+        identity = flow.source_identity
+        if (identity.service_account if identity is not None else None) in self.names:
+            raise PolicyFailed(self._policy, "ouch") if self._policy is not None else ZeroDivisionError("ouch")
+        return super().authorize(snapshot, workload, flow)
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (None, "policies cannot be evaluated: ZeroDivisionError('ouch')"),
+        ("shop/x", "policy shop/x cannot be evaluated: ouch"),
+    ],
+)
+async def test_who_cannot_be_judged_is_not_let_in(
+    caplog: pytest.LogCaptureFixture, policy: str | None, reason: str
+) -> None:
+    """Nor may it stay; all others are judged as ever."""
+    bench = Bench(authorizer=(authorizer := Faulty(policy=policy)))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bench.table.watch)
+        cart, till, keeper = (bench.admit(name) for name in ("cart", "till", "keeper"))
+        authorizer.names |= {"till", "thief"}
+        bench.change(deny("keeper"))
+        await bench.table.settled()
+        assert bench.closed == [till, keeper]
+        assert till.revoked == Verdict(allowed=False, policy=policy, reason=reason)
+        thief = bench.connection("thief")
+        assert bench.table.admit(thief) == till.revoked
+        assert bench.verdicts[-1] == till.revoked
+        assert [verdict.allowed for verdict in bench.verdicts] == [True, True, True, False, False, False]
+        first, second = errors(caplog)
+        assert first.getMessage() == (
+            f"policy: {TD}/shop/sa/till from 10.0.0.1:40000 to shop/stock-0 port 80: denied ({reason})"
+        )
+        # The stack once for each picture of the mesh.
+        assert (first.exc_info is not None, second.exc_info) == (True, None)
+        authorizer.names.clear()
+        bench.admit("thief")
+        bench.change(deny("cart", key="shop/no-cart"))
+        await bench.table.settled()
+        assert bench.closed == [till, keeper, cart]  # it has gone on
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_told_cannot_stop_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+
+    def on_verdict(verdict: Verdict) -> None:
+        if not verdict.allowed:
+            raise ZeroDivisionError
+
+    bench.table = ConnectionTable(bench.mesh, Authorizer(), on_verdict=on_verdict)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bench.table.watch)
+        connections = [bench.admit(name) for name in ("cart", "till")]
+        bench.change(deny())
+        await bench.table.settled()
+        assert bench.closed == connections
+        assert len(errors(caplog)) == 2
+        nursery.cancel_scope.cancel()
+
+
 # === in nodes ===
 
 
@@ -556,6 +631,61 @@ async def test_only_those_that_are_forbidden(ca: LocalCA) -> None:
             await kept.send_eof()
             await behind.send_eof()
             assert await read_to_end(kept) == (b"", "eof")
+
+
+async def test_one_that_cannot_be_judged_any_more(
+    ca: LocalCA, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is closed, and refused when it comes again; the other peer's tunnel and the node go on."""
+    async with shop(ca, habit=None) as it:
+        target = f"{STOCK}:{it.app.port}"
+        async with (
+            HBONEClient.connect(STOCK, it.port, svid=ca.issue(CART_ID)) as good,
+            HBONEClient.connect(STOCK, it.port, svid=ca.issue(f"{TD}/shop/sa/till")) as bad,
+        ):
+            kept = await good.open_tunnel(target)
+            behind = await it.app.accept()
+            lost = await bad.open_tunnel(target)
+            faulty = Faulty("till", policy="shop/x")
+            monkeypatch.setattr(it.far.context.authorizer, "authorize", faulty.authorize)
+            it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[deny("nobody")]))
+            await it.far.context.connections.settled()
+            assert await read_to_end(lost) == (b"", "reset")
+            why = "policy shop/x cannot be evaluated: ouch"
+            line = await it.far.log.next()
+            assert (line.level, line.error) == ("error", f"connection closed due to policy change: {why}")
+            with pytest.raises(PolicyDenied):
+                await bad.open_tunnel(target)
+            assert (await it.far.log.next()).error == f"connection closed due to policy rejection: {why}"
+            assert len(errors(caplog)) == 2
+            faulty.names.clear()
+            again = await bad.open_tunnel(target)
+            for tunnel, there in ((kept, behind), (again, await _last(it))):
+                await tunnel.send_all(HELLO)
+                assert await there.receive_some() == HELLO
+                await tunnel.send_eof()
+                await there.send_eof()
+                assert await read_to_end(tunnel) == (b"", "eof")
+            await until(lambda: total(it.far.metrics, "closed") == 4)
+            assert total(it.far.metrics, "closed", response_flags="DENY") == 2
+
+
+async def _last(it: Any) -> trio.SocketStream:
+    """The application's end of the tunnel that was opened last: that of the one before it has been reset."""
+    await it.app.accept()
+    stream: trio.SocketStream = await it.app.accept()
+    return stream
+
+
+async def test_a_failure_that_nobody_has_thought_of_is_no_success(ca: LocalCA, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop(ca, habit=echo) as it:
+        monkeypatch.setattr(it.far.context.connections, "admit", lambda _: 1 / 0)
+        with pytest.raises(Refused, match="503"):
+            await it.near.ask(VIP, 80, way="http")
+        line = await it.far.log.next()
+        assert (line.level, line.error) == ("error", "unexpected: ZeroDivisionError('division by zero')")
+        await it.at_rest()
+        assert total(it.far.metrics, "failed", response_flags="CONNECT") == 1
 
 
 # --- a race

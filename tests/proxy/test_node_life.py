@@ -27,6 +27,7 @@ from hbone.mesh import (
     TunnelProtocol,
 )
 from hbone.proxy import ListenAddress, Node, ProxyMode, WorkloadInfo
+from hbone.rbac import _index as rbac_index
 from hbone.telemetry import AccessLog, LogLevels, log_to
 
 
@@ -305,6 +306,31 @@ async def test_ca_of_another_trust_domain(config, tmp_path):
     LocalCA.create(other, trust_domain="corp")
     async with Node(replace(config, ca_dir=other), mesh=mesh(9, trust_domain="corp")) as node:
         await node.ready.wait()
+
+
+async def test_policies_that_cannot_be_prepared(config, monkeypatch, caplog):
+    """Who is subject to them is not let in; the node goes on, and follows its mesh."""
+    async with application() as port:
+        right = mesh(port)
+        async with Node(config, mesh=right) as node:
+            await node.ready.wait()
+            real = rbac_index._Builder.place
+
+            def place(builder, key, policy):
+                if key == "shop/no-web":
+                    raise ZeroDivisionError
+                return real(builder, key, policy)
+
+            monkeypatch.setattr(rbac_index._Builder, "place", place)
+            bad = right.with_changes(upsert=[denying()])
+            await node._take(bad)
+            assert node.mesh.snapshot is bad
+            assert "the policies of the mesh could not be prepared" in caplog.text
+            with pytest.raises(ConnectionError):
+                await connect(node, VIP, 80)
+            await node._take(right)
+            async with await connect(node, VIP, 80) as stream:
+                assert await read(stream, 6) == b"hello "
 
 
 # === certificates from files ===

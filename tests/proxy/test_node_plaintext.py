@@ -31,7 +31,7 @@ from support.dataplanes import (
     traffic,
     until,
 )
-from support.meshes import policy
+from support.meshes import policy, workload
 
 from hbone import Authority, Endpoint, NoRoute
 from hbone.mesh import Action, Match, StringMatch, StringMatchKind, TunnelProtocol
@@ -277,6 +277,23 @@ async def test_a_reset_goes_through(ca: LocalCA, captures: Captures, who: str) -
         assert total(it.node.metrics, "failed") == 0
 
 
+async def test_one_that_cannot_be_judged(ca: LocalCA, captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed, and one that comes then is not let in."""
+    async with plain(ca, captures, habit=None) as it, await it.dial() as near:
+        far = await it.app.accept()
+        monkeypatch.setattr(it.node.context.authorizer, "authorize", lambda *_: 1 / 0)
+        it.node.mesh.replace(it.node.mesh.snapshot.with_changes(upsert=[workload("c//Pod/shop/new-0", "10.9.9.9")]))
+        assert await read_to_end(near) == (b"", "reset")
+        assert await read_to_end(far) == (b"", "reset")
+        why = "policies cannot be evaluated: ZeroDivisionError('division by zero')"
+        assert (await it.node.log.next()).error == f"connection closed due to policy change: {why}"
+        async with await it.dial() as again:
+            assert await read_to_end(again) == (b"", "reset")
+        assert (await it.node.log.next()).error == f"connection closed due to policy rejection: {why}"
+        await it.at_rest()
+        assert total(it.node.metrics, "closed", response_flags="DENY") == 2
+
+
 async def test_one_that_is_forbidden_while_its_application_is_dialled(
     ca: LocalCA, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +349,7 @@ async def test_a_fault_of_ours_costs_one_connection(
 ) -> None:
     async with plain(ca, captures) as it:
         with monkeypatch.context() as patch:
-            patch.setattr(it.node.context.authorizer, "authorize", lambda *_: 1 / 0)
+            patch.setattr(it.node.context.connections, "admit", lambda *_: 1 / 0)
             async with await it.dial() as near:
                 assert await read_to_end(near) == (b"", "reset")
         assert "ZeroDivisionError" in str((await it.node.log.next()).error)

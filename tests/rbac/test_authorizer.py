@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.policies import exact, flow, policy, rule
 
 from hbone.mesh import Action, Match, MeshSnapshot, Scope, Workload
-from hbone.rbac import Authorizer, Verdict, authorize
+from hbone.rbac import Authorizer, PolicyFailed, Verdict, _index, authorize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hbone.mesh import AuthorizationPolicy
 
@@ -194,3 +194,69 @@ def test_lists_of_selected_policies_are_bounded() -> None:
 def test_it_says_what_authorize_says_when_nothing_is_prepared() -> None:
     snapshot = MeshSnapshot.build(policies=many(50))
     assert Authorizer().authorize(snapshot, WORKLOAD, flow()) == authorize(snapshot, WORKLOAD, flow())
+
+
+# === policies that nothing can be made of ===
+
+
+class Broken:
+    """Makes an index fail for one policy, as a fault in it would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.asked: list[str] = []
+        real = _index._Builder.place
+
+        def place(builder: Any, key: str, policy: AuthorizationPolicy) -> Iterator[None]:
+            self.asked.append(key)
+            if key == name:
+                raise KeyError("surprise")
+            return real(builder, key, policy)
+
+        monkeypatch.setattr(_index._Builder, "place", place)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_policy_that_cannot_be_evaluated_is_named_and_concerns_its_workloads_only(
+    monkeypatch: pytest.MonkeyPatch, prepared: bool
+) -> None:
+    broken = Broken(monkeypatch, "shop/p1")
+    elsewhere = replace(WORKLOAD, uid="v", namespace="bank")
+    snapshot = MeshSnapshot.build([], [], [*many(3), *many(2, namespace="bank")])
+    authorizer = Authorizer()
+    if prepared:
+        with pytest.raises(PolicyFailed):
+            authorizer.prepare(snapshot, [WORKLOAD, elsewhere])
+        assert broken.asked == ["shop/p0", "shop/p1", "bank/p0", "bank/p1"]
+    for _ in range(3):
+        with pytest.raises(PolicyFailed) as caught:
+            authorizer.authorize(snapshot, WORKLOAD, flow())
+        assert (caught.value.policy, caught.value.why) == ("shop/p1", "KeyError('surprise')")
+        assert str(caught.value) == "policy shop/p1 cannot be evaluated: KeyError('surprise')"
+        assert authorizer.authorize(snapshot, elsewhere, flow()) == authorize(snapshot, elsewhere, flow())
+    assert broken.asked.count("shop/p0") == 1  # it fails at once the next time
+    right = snapshot.with_changes(remove_policies=["shop/p1"])
+    authorizer.prepare(right)
+    assert authorizer.authorize(right, WORKLOAD, flow()) == authorize(right, WORKLOAD, flow())
+
+
+def test_one_that_is_selected_fails_for_whom_it_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    Broken(monkeypatch, "shop/p1")
+    snapshot = MeshSnapshot.build([], [], many(2, scope=Scope.WORKLOAD_SELECTOR))
+    authorizer = Authorizer()
+    authorizer.prepare(snapshot)
+    selected = replace(WORKLOAD, authorization_policies=("shop/p0", "shop/p1"))
+    for _ in range(2):
+        with pytest.raises(PolicyFailed, match="policy shop/p1 cannot be evaluated"):
+            authorizer.authorize(snapshot, selected, flow())
+    one = replace(WORKLOAD, uid="v", authorization_policies=("shop/p0",))
+    assert authorizer.authorize(snapshot, one, flow()) == authorize(snapshot, one, flow())
+
+
+def test_whatever_is_prepared_when_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Broken(monkeypatch, "bank/p0")
+    snapshot = MeshSnapshot.build([], [], [*many(2, namespace="bank"), *many(2)])
+    authorizer = Authorizer()
+    with pytest.raises(PolicyFailed, match="policy bank/p0 "):
+        authorizer.prepare(snapshot)
+    assert authorizer.authorize(snapshot, WORKLOAD, flow()) == authorize(snapshot, WORKLOAD, flow())
+    assert broken.asked == ["bank/p0", "shop/p0", "shop/p1"]
