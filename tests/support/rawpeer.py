@@ -213,6 +213,8 @@ class RawPeer:
                 pass
             except (ConnectionResetError, BrokenPipeError) as error:
                 self._drain_dead_socket()
+                if self.ended == "eof" and isinstance(error, ConnectionResetError):
+                    self.ended = "reset"  # the kernel tells of it once: what is read after that looks like an end
                 raise self._end("reset", "sending") from error
             wants = select.POLLOUT | (select.POLLIN if self.reading and not self._eof_read else 0)
             ready = _wait(self.sock, wants, deadline - time.monotonic())
