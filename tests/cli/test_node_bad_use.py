@@ -364,8 +364,15 @@ def live(app, tmp_path):
 
 
 def dial(port, host="127.0.0.1"):
-    """A connection of an application to the service, or None when there is none to be had."""
-    sock = socket.create_connection((host, port), WAIT)
+    """A connection of an application to the service, or None when there is none to be had.
+
+    Raises:
+        ConnectionRefusedError: nobody listens.
+    """
+    try:
+        sock = socket.create_connection((host, port), WAIT)
+    except ConnectionResetError:
+        return None
     try:
         sock.sendall(b"\5\1\0" + b"\5\1\0\1" + socket.inet_aton(VIP) + b"\0\x50")
         reply = b""
@@ -387,10 +394,10 @@ def get(port, size=5, host="127.0.0.1"):
     sock = dial(port, host)
     if sock is None:
         return None
-    with sock:
+    answer = b""
+    with sock, suppress(OSError):
         sock.sendall(f"GET /{size} HTTP/1.1\r\n\r\n".encode())
         sock.shutdown(socket.SHUT_WR)
-        answer = b""
         while got := sock.recv(65536):
             answer += got
     return answer.partition(b"\r\n\r\n")[2]
