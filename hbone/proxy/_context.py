@@ -127,15 +127,10 @@ class NodeSettings:
     """What the data plane of a node needs to know besides the mesh."""
 
     network: str = ""
-    cluster_id: str = "Kubernetes"
     keep_source: bool | None = None
     """Whether the application sees the peer's address: True must work, None where it is allowed, False never."""
     response_baggage: bool = True
     """Whether answers say who the destination is, and whether requests' baggage is read."""
-    localhost_app_tunnel: bool = True
-    """Whether a workload's application tunnel is reached at loopback."""
-    log_policies: bool = False
-    """Whether policy decisions are logged at level info instead of debug."""
     socket_options: SocketOptions | None = None
     limits: Limits | None = None
     pool_limits: PoolLimits | None = None

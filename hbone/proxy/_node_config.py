@@ -270,11 +270,8 @@ class NodeConfig:
         """What the data plane needs to know."""
         return NodeSettings(
             network=self.network,
-            cluster_id=self.cluster_id,
             keep_source=self.orig_src,
             response_baggage=self.response_baggage,
-            localhost_app_tunnel=self.localhost_app_tunnel,
-            log_policies=self.log_policies,
             socket_options=self.socket_options(),
             limits=self.limits(),
             pool_limits=self.pool_limits(),

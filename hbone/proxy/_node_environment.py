@@ -166,7 +166,11 @@ VARIABLES: Final = (
         "unset it; a node serves the network namespace that it runs in",
     ),
     _without_effect("INPOD_PORT_REUSE", "for in-pod mode, which there is not", read=read_switch),
-    _honoured("LOCALHOST_APP_TUNNEL", "localhost_app_tunnel"),
+    _honoured(
+        "LOCALHOST_APP_TUNNEL",
+        "localhost_app_tunnel",
+        "whether applications that want a PROXY header are called at loopback, or else at their workload's address",
+    ),
     _honoured("ENABLE_RESPONSE_BAGGAGE", "response_baggage"),
     _honoured("IPV6_ENABLED", "ipv6"),
     _honoured("KEEPALIVE_ENABLED", "keepalive"),

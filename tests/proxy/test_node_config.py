@@ -76,7 +76,7 @@ def test_the_least_that_makes_a_node():
     assert (options.keepalive, options.keepalive_time, options.keepalive_interval) == (True, 180, 180)
     assert (options.keepalive_retries, options.user_timeout, options.mark) == (9, False, None)
     settings = config.settings()
-    assert (settings.keep_source, settings.response_baggage, settings.localhost_app_tunnel) == (None, True, True)
+    assert (settings.keep_source, settings.response_baggage, config.localhost_app_tunnel) == (None, True, True)
 
 
 def test_every_setting_is_a_field_and_the_other_way_round():

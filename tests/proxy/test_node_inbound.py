@@ -69,9 +69,6 @@ HELLO, TWICE = b"hello world", b"hello worldhello world"
 CART_ID, STOCK_ID = (SpiffeIdentity.parse(f"{TD}/shop/sa/{name}") for name in ("cart", "stock"))
 DENY_ALL = policy("shop/no", rules=((),))
 
-LOCAL_TUNNELS = NodeSettings(keep_source=False)
-TUNNELS_BY_ADDRESS = NodeSettings(keep_source=False, localhost_app_tunnel=False)
-
 
 @asynccontextmanager
 async def peer(
@@ -229,10 +226,9 @@ async def test_as_the_waypoint(ca: LocalCA, what: str) -> None:
 async def test_an_application_that_wants_to_know(ca: LocalCA, target: str, destination: str, local: bool) -> None:
     """PROXY protocol v2, byte by byte: who calls, what for, and the proven identity."""
     host = "127.0.0.1" if local else STOCK
-    settings = LOCAL_TUNNELS if local else TUNNELS_BY_ADDRESS
     async with application(host) as app:
-        fields = app_tunnel(app.port)
-        async with shop(ca, stock_fields=fields, far={"settings": settings}) as it, peer(ca, it.port) as client:
+        far = {"localhost_app_tunnel": local}
+        async with shop(ca, stock_fields=app_tunnel(app.port), far=far) as it, peer(ca, it.port) as client:
             tunnel = await client.open_tunnel(target)
             await tunnel.send_all(HELLO)
             await tunnel.send_eof()
@@ -507,7 +503,7 @@ async def test_a_peer_of_another_trust_domain(ca: LocalCA) -> None:
 
 async def test_an_address_that_becomes_somebody_else(ca: LocalCA) -> None:
     """Who had a session to the old one is sent away to look again; what is open goes on."""
-    async with shop(ca, habit=None, far={"settings": LOCAL_TUNNELS}) as it:
+    async with shop(ca, habit=None) as it:
         svid = ca.issue(CART_ID)
         async with ConnectionPool(svid) as pool:
             via = Endpoint.parse(f"{STOCK}:{it.port}")

@@ -6,12 +6,16 @@ import errno
 import io
 import json
 import socket
+import sys
 from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 import trio
 import trio.testing
+from support.backends import own_loopback
 from support.meshes import policy, workload
+from support.routes import app_tunnel
 from support.whole_nodes import NAME, VIP, WAIT, application, connect, dump, end_of, fetch, mesh, node_config, read
 
 from hbone.certs import LocalCA, write_svid
@@ -26,7 +30,7 @@ from hbone.mesh import (
     StringMatchKind,
     TunnelProtocol,
 )
-from hbone.proxy import ListenAddress, Node, ProxyMode, WorkloadInfo
+from hbone.proxy import ListenAddress, Node, NodeConfig, ProxyMode, WorkloadInfo
 from hbone.rbac import _index as rbac_index
 from hbone.telemetry import AccessLog, LogLevels, log_to
 
@@ -329,6 +333,31 @@ async def test_policies_that_cannot_be_prepared(config, monkeypatch, caplog):
             with pytest.raises(ConnectionError):
                 await connect(node, VIP, 80)
             await node._take(right)
+            async with await connect(node, VIP, 80) as stream:
+                assert await read(stream, 6) == b"hello "
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the loopback is one address")
+@pytest.mark.parametrize("variable", [None, "true", "false"])
+async def test_where_application_tunnels_are(config, ca_dir, variable):
+    """`LOCALHOST_APP_TUNNEL`: one that wants a PROXY header is called at loopback, or at its workload's address."""
+    environ = {"XDS_ADDRESS": "", "LOCAL_XDS": "{}", "FAKE_CA": "true", "HBONE_CA_DIR": str(ca_dir)}
+    if variable is not None:
+        environ["LOCALHOST_APP_TUNNEL"] = variable
+    told = NodeConfig.from_environment(environ).localhost_app_tunnel
+    dedicated = WorkloadInfo(namespace="shop", name="web-0", service_account="web")
+    config = replace(config, localhost_app_tunnel=told, mode=ProxyMode.DEDICATED, workload=dedicated)
+    here = own_loopback(70)
+    async with application() as port:
+        web = replace(mesh(port).workloads["c//Pod/shop/web-0"], addresses=(ip_address(here),), **app_tunnel(port))
+        async with Node(
+            replace(config, inbound=ListenAddress(here, 0)), mesh=mesh(port).with_changes(upsert=[web])
+        ) as node:
+            await node.ready.wait()
+            if variable == "false":  # the application is at 127.0.0.1 only
+                with pytest.raises(ConnectionError):
+                    await connect(node, VIP, 80)
+                return
             async with await connect(node, VIP, 80) as stream:
                 assert await read(stream, 6) == b"hello "
 

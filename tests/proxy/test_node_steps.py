@@ -21,7 +21,6 @@ from support.tcp import connected_pair
 
 from hbone import Endpoint, HBONEClient
 from hbone.mesh import TunnelProtocol
-from hbone.proxy._context import NodeSettings
 from hbone.proxy._ways import SilentWayIn, accept_socks5
 
 if TYPE_CHECKING:
@@ -86,8 +85,7 @@ async def test_out_across_networks(ca: LocalCA, waking: bool) -> None:
 @pytest.mark.parametrize("kind", ["plain", "proxy"])
 async def test_in(ca: LocalCA, waking: bool, kind: str) -> None:
     fields = app_tunnel(None) if kind == "proxy" else {}
-    settings = NodeSettings(keep_source=False, localhost_app_tunnel=False)
-    async with shop(ca, habit=echo, stock_fields=fields, far={"settings": settings}) as it:
+    async with shop(ca, habit=echo, stock_fields=fields, far={"localhost_app_tunnel": False}) as it:
         svid = ca.issue(f"{TD}/shop/sa/cart")
         async with HBONEClient.connect(STOCK, it.port, svid=svid) as client:
 

@@ -434,6 +434,7 @@ async def data_plane(
     listen: str | tuple[str, ...] = (),
     hbone_port: int = 15008,
     settings: NodeSettings | None = None,
+    localhost_app_tunnel: bool = True,
     network: str = "",
     patience: float = 5.0,
     seed: int = 1,
@@ -451,6 +452,7 @@ async def data_plane(
         listen: where it takes HBONE.
         hbone_port: at which port, and at which one others take it.
         settings: of its data plane.
+        localhost_app_tunnel: whether application tunnels that want a PROXY header are at loopback.
         network: where it is.
         patience: seconds to wait for its own workload.
         seed: of its choices.
@@ -474,7 +476,7 @@ async def data_plane(
         network=network,
         hbone_port=hbone_port,
         illegal_ports=ILLEGAL_PORTS | {hbone_port},
-        localhost_app_tunnel=settings.localhost_app_tunnel,
+        localhost_app_tunnel=localhost_app_tunnel,
     )
     context = NodeContext(
         mesh=mesh,
