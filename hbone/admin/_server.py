@@ -37,6 +37,8 @@ _MAX_HEAD: Final = 16 * 1024
 _READ: Final = 4096
 _LINGER_BYTES: Final = 64 * 1024
 _MAX_PARAMETERS: Final = 32
+#: How often to look for a port that is free on several addresses.
+_TRIES: Final = 20
 #: Smaller answers are not worth compressing.
 _MIN_GZIP: Final = 1024
 #: What takes longer than a millisecond to compress is compressed in another thread.
@@ -282,6 +284,19 @@ def _not_allowed(route: Route) -> _Refused:
 
 
 async def _listen(hosts: Iterable[str | None], port: int) -> list[trio.SocketListener]:
+    hosts = tuple(hosts)
+    tries = 1 if port else _TRIES
+    while True:
+        tries -= 1
+        try:
+            return await _listen_on_all(hosts, port)
+        except OSError as problem:
+            # The free port of one address may be somebody's on another one.
+            if not tries or problem.errno != errno.EADDRINUSE:
+                raise
+
+
+async def _listen_on_all(hosts: Iterable[str | None], port: int) -> list[trio.SocketListener]:
     listeners: list[trio.SocketListener] = []
     missing: OSError | None = None
     try:

@@ -417,7 +417,7 @@ async def test_head_of_a_large_page(node: Node) -> None:
 
 async def test_over_a_socket(nursery: trio.Nursery, node: Node) -> None:
     bound: Endpoint = await nursery.start(node.server.serve, "127.0.0.1", 0)
-    async with httpx.AsyncClient(base_url=f"http://{bound}", trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=f"http://{bound}", trust_env=False, timeout=60) as client:
         big = await client.get("/big")
         assert big.headers["content-encoding"] == "gzip"
         assert big.content == BIG
@@ -442,7 +442,7 @@ async def test_several_addresses_one_port(nursery: trio.Nursery, node: Node) -> 
     if not has_ipv6():
         pytest.skip("no IPv6 here")
     bound: Endpoint = await nursery.start(node.server.serve, ("127.0.0.1", "::1"), 0)
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         for host in ("127.0.0.1", "[::1]", "localhost"):
             assert (await client.get(f"http://{host}:{bound.port}/")).status_code == 200
             headers = {"host": "evil.example"}
@@ -469,6 +469,30 @@ async def test_addresses_that_this_machine_does_not_have(
         assert caught.value.errno == number
     with pytest.raises(OSError):
         await node.server.serve((), 0)
+
+
+async def test_a_free_port_is_free_on_every_address(
+    nursery: trio.Nursery, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system gives for the first one may be somebody's on the second one: another port, then."""
+    really, asked = trio.open_tcp_listeners, []
+    problems = [errno.EADDRINUSE, errno.EADDRINUSE, errno.EADDRNOTAVAIL]
+
+    async def without_ipv6(port: int, *, host: str | None) -> list[trio.SocketListener]:
+        asked.append(port)
+        if host == "::1":
+            raise OSError(problems.pop(0), "no")
+        return await really(port, host=host)
+
+    monkeypatch.setattr(trio, "open_tcp_listeners", without_ipv6)
+    bound: Endpoint = await nursery.start(node.server.serve, ("127.0.0.1", "::1"), 0)
+    assert problems == []
+    assert asked[::2] == [0, 0, 0]
+    assert asked[-1] == bound.port
+    problems += [errno.EADDRINUSE] * 100
+    with pytest.raises(OSError, match="no"):
+        await node.server.serve(("127.0.0.1", "::1"), 0)
+    assert problems
 
 
 async def test_a_port_that_is_taken_is_an_error_for_all(nursery: trio.Nursery, node: Node) -> None:
