@@ -393,7 +393,10 @@ async def test_waypoints_by_weight(lab: Lab) -> None:
 
 async def test_a_waypoint_behind_a_node(lab: Lab, tmp_path: Path) -> None:
     """Envoy without certificates: a node in front of it, and the same node behind it."""
-    proxy, tunnel = shared_port(OTHER), shared_port(OTHER)
+    ports = {lab.port}
+    while len(ports) < 3:
+        ports.add(shared_port(OTHER))
+    proxy, tunnel = ports - {lab.port}
     names = {**lab.names, "10.1.0.50": OTHER, "127.0.0.1": OTHER, "15081": proxy, "15088": tunnel}
     mesh = tmp_path / "mesh.yaml"
     mesh.write_text(localized("waypoint/mesh.yaml", names))
