@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ssl
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -267,10 +268,20 @@ def test_curl_does_not_take_end_stream_for_an_end(pki):
     with RawListener(pki.server) as listener, ThreadPoolExecutor(1) as pool:
         served = pool.submit(serve)
         with Curl(pki.client, listener.port) as curl:
-            curl.handle.setopt(curl.handle.TIMEOUT_MS, 3000)
-            got = []
-            with pytest.raises(Exception, match="timed out"):
-                curl.get("http://10.0.0.1/", got.append)
+            got, whole = [], []
+
+            def write(chunk):
+                got.append(chunk)
+                if b"".join(got) == b"all of it":
+                    whole.append(time.monotonic())
+
+            def hang_up(*_):
+                return int(bool(whole) and time.monotonic() > whole[0] + 2)
+
+            curl.handle.setopt(curl.handle.NOPROGRESS, 0)
+            curl.handle.setopt(curl.handle.XFERINFOFUNCTION, hang_up)
+            with pytest.raises(Exception, match="aborted"):
+                curl.get("http://10.0.0.1/", write)
             assert b"".join(got) == b"all of it"
         served.result(60)
 
