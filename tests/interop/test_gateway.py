@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import pytest
 from support.apps import exchange
 from support.backends import Backend, echo, ends_first, own_loopback, pattern_sha
 from support.command import Node
-from support.dataplanes import Refused, data_plane, read_to_end, shared_port, total
+from support.dataplanes import Refused, at_rest, data_plane, read_to_end, shared_port, total, trusting
 from support.foreign import LIVE_LOGS, Envoy, Process
 from support.lab import Member, localized
 from support.ours import run
@@ -64,30 +65,48 @@ class Lab:
         """How many connections the applications have seen."""
         return sum(len(app.connections) for app in self.apps.values())
 
-    def gateway(self, directory: Path, name: str, port: int) -> Process | Node:
-        """Another gateway of the same kind, at another port."""
+    def gateway(
+        self, directory: Path, name: str, port: int, *, files: Path | None = None, to: int | None = None
+    ) -> Process | Node:
+        """Another gateway of the same kind, at another port; with other files, and to another port than the node's."""
+        files = files or self.directory / "gateway"
         if name == "orders":
-            return self.ours(self.directory, f"{OURS}:{port}", self.port)
-        text = localized("gateway/envoy.yaml", {**self.names, "198.51.100.7": OURS})
-        here = f"address: {OURS}, port_value: "
-        return Envoy(text.replace(f"{here}{self.port}", f"{here}{port}"), directory)
+            return self.ours(files, f"{OURS}:{port}", to or self.port)
+        text = localized("gateway/envoy.yaml", {**self.names, "198.51.100.7": OURS, "/etc/gateway": files})
+        for host, its in ((OURS, port), (STOCK, to or self.port)):
+            here = f"address: {host}, port_value: "
+            assert f"{here}{self.port}" in text
+            text = text.replace(f"{here}{self.port}", f"{here}{its}")
+        return Envoy(text, directory)
 
     @staticmethod
-    def ours(directory: Path, listen: str, port: int) -> Node:
-        names = {name: directory / "gateway" / f"{name}.pem" for name in ("cert", "key", "roots")}
+    def ours(files: Path, listen: str, port: int) -> Node:
+        names = {name: files / f"{name}.pem" for name in ("cert", "key", "roots")}
         options = [word for name, path in names.items() for word in (f"--{name}", str(path))]
         return Node("inbound", "--listen", listen, "--to", f"{STOCK}:{port}", *options)
 
     def client(
-        self, change: Callable[[Any], Any] = lambda each: each, *, who: WorkloadInfo = CART_INFO
+        self, change: Callable[[Any], Any] = lambda each: each, *, who: WorkloadInfo = CART_INFO, **options: Any
     ) -> AbstractAsyncContextManager[DataPlane]:
         """A node of ``west`` in this process, with another picture of the mesh."""
         parsed = parse_mesh(localized("gateway/west.yaml", self.names))
         mesh = MeshSnapshot.build(map(change, parsed.workloads), map(change, parsed.services))
         settings = NodeSettings(network="west", keep_source=False)
-        return data_plane(
-            mesh, ca=self.ca, dedicated=who, hbone_port=self.port, network="west", settings=settings, prefetch=False
-        )
+        options = {"ca": self.ca, "network": "west", "settings": settings, "prefetch": False, **options}
+        return data_plane(mesh, dedicated=who, hbone_port=self.port, **options)
+
+    @staticmethod
+    def gateway_at(port: int) -> Callable[[Any], Any]:
+        """For `client`: the gateway of ``stock`` is another one."""
+
+        def change(each: Any) -> Any:
+            if each.name == "stock" and not isinstance(each, Service):
+                gateway = each.network_gateway
+                there = replace(gateway.destination, ip=ip_address(OURS))
+                return replace(each, network_gateway=replace(gateway, destination=there, hbone_mtls_port=port))
+            return each
+
+        return change
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +130,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         who = ("--mode", "dedicated", "--workload", str(CART_INFO))
         near = stack.enter_context(Member.begin(ca_dir, meshes["west"], *words, "west", *who))
         envoy = stack.enter_context(Envoy(localized("gateway/envoy.yaml", names), directory))
-        stack.enter_context(Lab.ours(directory, f"{OURS}:{port}", port))
+        stack.enter_context(Lab.ours(directory / "gateway", f"{OURS}:{port}", port))
         far.event("ready")
         near.event("ready")
         yield Lab(directory, names, ca, port, near, far, envoy, apps)
@@ -187,6 +206,33 @@ async def test_somebody_else_at_the_gateway(lab: Lab, name: str) -> None:
 
 
 @by_gateway
+async def test_a_gateway_that_trusts_another_root(lab: Lab, name: str, tmp_path: Path) -> None:
+    """It refuses the client's certificate: the client is told so at once, each time, and nothing begins inside."""
+    theirs = LocalCA.in_memory()
+    theirs.write(theirs.issue(GATEWAY_ID), tmp_path / "theirs")
+    port = shared_port(OURS)
+    with Backend(echo, host=STOCK) as behind:
+        options = {"files": tmp_path / "theirs", "to": behind.port}
+        process = await run(partial(lab.gateway, tmp_path, name, port, **options))
+        try:
+            async with lab.client(lab.gateway_at(port), issue=trusting(lab.ca, theirs)) as near:
+                for _ in range(2):
+                    with pytest.raises(Refused, match="the peer refused our certificate or identity"):
+                        await near.ask(NAMES["stock"], 80, way="http")
+                    line = await near.log.next()
+                    assert line.error is not None
+                    # What is in between is the alert, unless TCP's reset was quicker.
+                    assert line.error.startswith("the peer refused our certificate or identity (")
+                    assert line.error.endswith("check that it trusts our root and accepts our trust domain")
+                    assert (str(line.dst_addr), str(line.dst_hbone_addr)) == (f"{OURS}:{port}", f"{NAMES['stock']}:80")
+                await at_rest(near)
+                assert total(near.metrics, "failed", response_flags="TLS_FAILURE") == 2
+        finally:
+            await run(process.__exit__, None, None, None)
+        assert not behind.connections
+
+
+@by_gateway
 @pytest.mark.parametrize("expected", ["spiffe://cluster.local/ns/shop/sa/orders", GATEWAY_ID])
 async def test_somebody_else_behind_the_gateway(lab: Lab, name: str, expected: str) -> None:
     """The gateway is not good enough either, though the outer tunnel ends there."""
@@ -238,17 +284,9 @@ async def test_a_service_that_the_gateway_does_not_know(lab: Lab) -> None:
 async def test_a_gateway_that_is_killed(lab: Lab, name: str, tmp_path: Path) -> None:
     """In the middle of a connection, which must not look complete at either end."""
     port = shared_port(OURS)
-
-    def change(each: Any) -> Any:
-        if each.name == "stock" and not isinstance(each, Service):
-            gateway = each.network_gateway
-            there = replace(gateway.destination, ip=ip_address(OURS))
-            return replace(each, network_gateway=replace(gateway, destination=there, hbone_mtls_port=port))
-        return each
-
     process = await run(lab.gateway, tmp_path, name, port)
     try:
-        async with lab.client(change) as near:
+        async with lab.client(lab.gateway_at(port)) as near:
             async with await near.connect(NAMES["stock"], 80) as stream:
                 await stream.send_all(b"hello")
                 assert await stream.receive_some() == b"hello"

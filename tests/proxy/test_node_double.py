@@ -23,8 +23,10 @@ from support.dataplanes import (
     labels_of,
     member,
     read_to_end,
+    samples,
     total,
     traffic,
+    trusting,
     until,
 )
 from support.meshes import name, policy
@@ -38,12 +40,12 @@ from hbone import (
     RequestRejected,
     SpiffeIdentity,
 )
+from hbone.certs import LocalCA
 from hbone.mesh import GatewayAddress, Match, StringMatch, StringMatchKind
 from hbone.proxy._context import NodeSettings
 
 if TYPE_CHECKING:
     from hbone import TunnelRequest
-    from hbone.certs import LocalCA
 
 HELLO, TWICE = b"hello world", b"hello worldhello world"
 CART_ID, STOCK_ID, GATE_ID = (SpiffeIdentity.parse(f"{TD}/shop/sa/{name}") for name in ("cart", "stock", "gate"))
@@ -152,6 +154,31 @@ async def test_somebody_else_at_the_gateway(ca: LocalCA) -> None:
         await it.at_rest()
         assert not it.gate.requests
         assert traffic(it.near.metrics) == {("source", "opened"): 1, ("source", "closed TLS_FAILURE"): 1}
+
+
+async def test_a_gateway_that_trusts_another_root(ca: LocalCA) -> None:
+    """It refuses the client's certificate. That is told at once, each time, and nothing begins inside."""
+    theirs = LocalCA.in_memory()
+    async with across(ca, near={"issue": trusting(ca, theirs)}, gate_ca=theirs) as it:
+        for _ in range(2):
+            with pytest.raises(Refused, match="the peer refused our certificate or identity"):
+                await it.near.ask(VIP, 80, way="http")
+            line = await it.near.log.next()
+            assert line.error is not None
+            # What is in between is the alert, unless TCP's reset was quicker.
+            assert line.error.startswith("the peer refused our certificate or identity (")
+            assert line.error.endswith("check that it trusts our root and accepts our trust domain")
+            assert (line.level, line.dst_addr) == ("error", Endpoint.parse(f"{GATEWAY}:{it.gate.port}"))
+            assert (line.dst_service, line.dst_hbone_addr) == (HOSTNAME, Authority(HOSTNAME, 80))
+            assert (line.dst_workload, line.src_identity, line.dst_identity) == ("gate-0", CART_ID, GATE_ID)
+        await it.at_rest()
+        assert traffic(it.near.metrics) == {("source", "opened"): 2, ("source", "closed TLS_FAILURE"): 2}
+        assert not it.gate.requests
+        assert not it.gate.server.sessions
+        server = it.far.inbound.server.statistics()
+        assert (server.sessions, server.half_open) == (0, 0)
+        assert not samples(it.far.metrics, "hbone_handshake_duration_seconds_count")
+        assert not samples(it.far.metrics, "hbone_handshake_failures_total")
 
 
 @pytest.mark.parametrize(

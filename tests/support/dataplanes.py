@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from hbone import TunnelRequest
+    from hbone import SpiffeIdentity, TunnelRequest
     from hbone.mesh import AuthorizationPolicy, Service, Workload
     from hbone.rbac import Verdict
+    from hbone.tls import Svid
 
 #: Seconds that only something that hangs needs.
 WAIT = 60.0
@@ -224,6 +225,17 @@ class Peer:
     server: HBONEServer
     requests: list[TunnelRequest]
     """What it was asked, in order."""
+
+
+def trusting(ca: LocalCA, *others: LocalCA) -> Callable[[SpiffeIdentity], Awaitable[Svid]]:
+    """An issuer of SVIDs whose owners trust the other CAs, too: as while a root is replaced."""
+
+    async def issue(identity: SpiffeIdentity) -> Svid:
+        await trio.lowlevel.checkpoint()
+        roots = tuple(root for one in (ca, *others) for root in one.roots)
+        return replace(ca.issue(identity), bundles={identity.trust_domain: roots})
+
+    return issue
 
 
 @asynccontextmanager
@@ -595,6 +607,7 @@ async def across(
     far: dict[str, Any] | None = None,
     gate_identity: str = f"{TD}/shop/sa/gate",
     gate_handler: Callable[[TunnelRequest], Awaitable[None]] | None = None,
+    gate_ca: LocalCA | None = None,
     service_fields: dict[str, Any] | None = None,
     stock_fields: dict[str, Any] | None = None,
     policies: tuple[AuthorizationPolicy, ...] = (),
@@ -608,6 +621,7 @@ async def across(
         far: of the server's `data_plane`.
         gate_identity: who the gateway is.
         gate_handler: what it does; forward unless given.
+        gate_ca: whom it trusts instead, and who has issued its certificate.
         service_fields: of the service as the client knows it.
         stock_fields: of the server's workload as its own node knows it.
         policies: of the far network.
@@ -615,7 +629,7 @@ async def across(
     async with application(FAR, habit) as app:
         port = shared_port(FAR)
         forwards = ForwardHandler(FixedTarget(Authority(FAR, port)))
-        async with hbone_peer(ca, gate_identity, GATEWAY, handler=gate_handler or forwards) as gate:
+        async with hbone_peer(gate_ca or ca, gate_identity, GATEWAY, handler=gate_handler or forwards) as gate:
             gateway = GatewayAddress(destination=NetworkAddress("near", ip_address(GATEWAY)), hbone_mtls_port=gate.port)
             remote = stock(1, addresses=(), network="far", network_gateway=gateway)
             names = {"subject_alt_names": (f"{TD}/shop/sa/stock",), **(service_fields or {})}
