@@ -120,6 +120,8 @@ async def everywhere(
         if normal is None:  # not cancelled: what stays is there to stay
             assert completed
             normal = left
+        # Less than before: what the first one used was still being closed when it was counted.
+        normal = min(left[0], normal[0]), min(left[1], normal[1])
         assert left == normal, f"left behind at step {step}: {left}, before: {normal}"
         if step and completed and not scope.cancel_called:
             return step

@@ -267,9 +267,10 @@ async def test_nothing_is_left_behind() -> None:
                 elif breaks != "cancel":
                     reset(getattr(between, breaks))
                     await between.results_of_both()
-            await trio.testing.wait_all_tasks_blocked()
             tasks += 1  # the handler of `socket_pair`, which stays
-            assert (open_files(), trio.lowlevel.current_statistics().tasks_living) == (files, tasks)
+            with trio.fail_after(WAIT):
+                while (open_files(), trio.lowlevel.current_statistics().tasks_living) != (files, tasks):
+                    await trio.sleep(0.001)
         assert pair.client.statistics().open_streams == 0
 
 
