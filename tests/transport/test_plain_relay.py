@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import os
 import random
@@ -339,7 +340,7 @@ async def test_a_relay_waits_in_peace_when_one_has_ended_both_ways() -> None:
         while not between.relay.buffered:
             await between.a.send_all(bytes(4096))
             sent += 4096
-            await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked(0.01)  # b's kernel may only have been slow to take it
         await between.b.send_eof()
         assert await receive_all(between.a) == b""
         await between.a.send_eof()
@@ -428,6 +429,7 @@ async def test_nothing_is_left_behind() -> None:
 
     await one("ends")
     await trio.testing.wait_all_tasks_blocked()
+    gc.collect()  # of tests before
     files, tasks = open_files() - 2 * mover().pipes, trio.lowlevel.current_statistics().tasks_living
     for how in ("ends", "breaks", "cancelled") * 2:
         await one(how)
@@ -444,6 +446,7 @@ def test_nothing_is_left_behind_of_the_mover() -> None:
             await receive_exactly(between.b, len(UP))
 
     trio.run(work)
+    gc.collect()  # of tests before
     files = open_files()
     trio.run(work)
     assert open_files() == files
