@@ -382,7 +382,8 @@ def stall_in_the_handshake(server, raw):
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(server.dial(handshake=False)) for _ in range(50)]
         for peer in peers:
-            peer.sock.send(raw) if raw else None
+            with contextlib.suppress(ConnectionError):  # if it was quicker
+                peer.sock.send(raw) if raw else None
         for peer in peers:
             assert peer.wait_end() in ("eof", "reset", "alert", "close_notify")
 

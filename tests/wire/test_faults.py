@@ -189,8 +189,9 @@ async def test_fault_04_the_tail_of_a_download_survives_a_drain(who):
                     got.update(piece.data)
                     if piece.end_stream:
                         break
-                    for _ in range(4):
-                        peer.send(frames.window_update(1, 1))
+                    with contextlib.suppress(Ended):  # all may have been sent, and be read here only now
+                        for _ in range(4):
+                            peer.send(frames.window_update(1, 1))
                 assert got.hexdigest() == pattern_sha(size)
                 with contextlib.suppress(Ended):
                     for _ in range(20):
@@ -307,7 +308,7 @@ async def test_fault_08_beyond_the_stream_limit_only_the_extra_stream_is_refused
 async def test_fault_09_a_client_that_stalls_is_let_go(stage):
     def script():
         with near.dial(handshake=shakes, quiet=True) as peer:
-            with contextlib.suppress(Ended):  # if we are slower than it is patient
+            with contextlib.suppress(Ended, ConnectionError):  # if we are slower than it is patient
                 match stage:
                     case "half_a_client_hello":
                         peer.sock.send(bytes.fromhex("16030106000100"))
@@ -730,7 +731,8 @@ async def test_fault_16_the_tail_of_an_upload_survives_goaway():
                     got.update(piece.data)
                     if piece.end_stream:
                         break
-                    peer.send(frames.window_update(1, 1))
+                    with contextlib.suppress(Ended):  # all may have been sent, and be read here only now
+                        peer.send(frames.window_update(1, 1))
                 assert got.hexdigest() == pattern_sha(size)
                 with contextlib.suppress(Ended):
                     for _ in range(20):
