@@ -927,8 +927,12 @@ async def test_sockets_without_a_tunnel(how: str) -> None:
         ends = [trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in ends]  # type: ignore[misc]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(relay, *ends)
-        await app_a.send_all(UP)
-        await app_a.send_eof()
+
+        async def send() -> None:
+            await app_a.send_all(UP)
+            await app_a.send_eof()
+
+        nursery.start_soon(send)
         assert await receive_all(app_b) == UP
         reset(app_b)
         await expect_reset(app_a)
