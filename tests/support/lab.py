@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -105,7 +106,14 @@ class Member(Node):
         return line
 
     def forget_lines(self) -> None:
-        """Those that have come are of no interest."""
+        """Those of all connections until now are of no interest: waits until each has ended, and has its line."""
+        ending = time.monotonic() + WAIT
+        while (ended := self.total("istio_tcp_connections_closed_total")) < self.total(
+            "istio_tcp_connections_opened_total"
+        ):
+            assert time.monotonic() < ending, "a connection stays open"
+            time.sleep(0.01)
+        self.log.wait_number(lambda text: json.loads(text).get("scope") == "access", int(ended), "access lines")
         self._taken.update(range(len(self.log.now)))
 
     def scrape(self) -> Counter[tuple[tuple[str, str], ...]]:
