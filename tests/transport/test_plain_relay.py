@@ -346,7 +346,9 @@ async def test_a_relay_waits_in_peace_when_one_has_ended_both_ways() -> None:
         while not between.relay.buffered:
             await between.a.send_all(bytes(4096))
             sent += 4096
-            await trio.testing.wait_all_tasks_blocked(0.01)  # b's kernel may only have been slow to take it
+            await trio.lowlevel.checkpoint()
+            if between.relay.buffered:  # or b's kernel is only slow to take it
+                await trio.testing.wait_all_tasks_blocked(0.1)
         await between.b.send_eof()
         assert await receive_all(between.a) == b""
         await between.a.send_eof()
