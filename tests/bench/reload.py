@@ -1,7 +1,7 @@
 """A running node with a large mesh: what its start costs, and what live connections notice of a change of the file.
 
     reload.py                        a mesh whose workloads are elsewhere, but for one
-    reload.py --here                 all workloads are of this node, which needs a certificate for each
+    reload.py --here                 all workloads are of this node, which needs a certificate for each service account
     reload.py --lookups              what a connection costs in meshes of 100, 1 000 and 10 000 workloads
 
 `hbone node` runs as users run it, on the loopback. An application's client reaches its service through the node's
@@ -98,7 +98,9 @@ class Mesh:
         self._port = port
         self._here = here
 
-    def text(self, revision: str = "v1", *, forbidden: bool = False, policies: str = "", part: int = 0) -> str:
+    def text(
+        self, revision: str = "v1", *, forbidden: bool = False, policies: str = "", part: int = 0, renamed: bool = False
+    ) -> str:
         """One version.
 
         Args:
@@ -106,12 +108,15 @@ class Mesh:
             forbidden: whether the second service is out of bounds.
             policies: put into the rules of all.
             part: in how many workloads, counted in percent, something else is different.
+            renamed: whether all have other service accounts, so that those here need other certificates.
         """
         text = mesh_text(*self._size, revision=revision)
         if self._here:
             text = text.replace('workloadIps: ["10.', 'workloadIps: ["127.1')
         if policies:
             text = text.replace("destinationPorts: [8080", f"destinationPorts: [{policies}, 8080")
+        if renamed:
+            text = text.replace("serviceAccount: app-", "serviceAccount: new-")
         if part:
             count = self._size[0] * part // 100
             text = text.replace("canonicalRevision: v1", "canonicalRevision: v9", max(1, count))
@@ -188,6 +193,10 @@ class Node:
     def page(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://{self.addresses['admin']}{path}", timeout=60) as answer:
             return json.loads(answer.read())
+
+    def certificates_missing(self) -> bool:
+        with urllib.request.urlopen(f"http://{self.addresses['stats']}/metrics", timeout=60) as answer:
+            return b'hbone_certificates{state="initializing"} 0.0\n' not in answer.read()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -455,7 +464,7 @@ def reloads(options: argparse.Namespace, directory: Path) -> dict[str, dict[str,
                 workers.append(Worker(bulk, node.address))
             idle = Idle(node.address, options.idle)
 
-            def measure(name: str, text: str | None, seconds: float = 3.0) -> None:
+            def measure(name: str, text: str | None, seconds: float = 3.0, *, certificates: bool = False) -> None:
                 time.sleep(0.5)
                 before = node.said_changed
                 node.forget_peak()
@@ -469,6 +478,10 @@ def reloads(options: argparse.Namespace, directory: Path) -> dict[str, dict[str,
                     began = replace(path, text)
                     row["in force after s"] = node.said("\tmesh changed\t", before + 1) - began
                     row["reading s"] = node.page("/debug/mesh")["file"]["seconds"]
+                    if certificates:
+                        while node.certificates_missing():
+                            time.sleep(0.01)
+                        row["certificates after s"] = time.time() - began
                     time.sleep(0.3)  # what comes after it belongs to it
                 row["node CPU s"] = node.cpu() - cpu
                 for worker in workers:
@@ -482,6 +495,9 @@ def reloads(options: argparse.Namespace, directory: Path) -> dict[str, dict[str,
             measure("policies only", mesh.text(part=10, policies="7"))
             measure("everything", mesh.text("v2", policies="8"))
             measure("everything back", mesh.text())
+            if options.here:
+                measure("everybody", mesh.text(renamed=True), certificates=True)
+                measure("everybody back", mesh.text(), certificates=True)
             measure("nothing changes again", None)
             if options.dump:
                 for worker in workers:
