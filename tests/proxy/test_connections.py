@@ -27,6 +27,7 @@ from support.dataplanes import (
     until,
 )
 from support.meshes import policy
+from support.tcp import receive_exactly
 
 from hbone import ConnectionPool, Endpoint, ErrorCode, HBONEClient, PolicyDenied, SpiffeIdentity, TunnelReset
 from hbone.mesh import Action, Match, MeshSnapshot, MeshState, Scope, StringMatch, StringMatchKind
@@ -507,7 +508,7 @@ async def test_an_open_tunnel_is_closed(ca: LocalCA, change: str) -> None:
     async with shop(ca, SELECTABLE, habit=None) as it, await it.near.connect(VIP, 80) as near:
         far = await it.app.accept()
         await near.send_all(HELLO)
-        assert await far.receive_some() == HELLO
+        assert await receive_exactly(far, len(HELLO)) == HELLO
         it.mesh.replace(CHANGES[change](it.mesh.snapshot))
         await it.far.context.connections.settled()
         assert await read_to_end(near) == (b"", "reset")
@@ -627,7 +628,7 @@ async def test_only_those_that_are_forbidden(ca: LocalCA) -> None:
             with pytest.raises(PolicyDenied):
                 await bad.open_tunnel(target)
             await kept.send_all(HELLO)
-            assert await behind.receive_some() == HELLO
+            assert await receive_exactly(behind, len(HELLO)) == HELLO
             await kept.send_eof()
             await behind.send_eof()
             assert await read_to_end(kept) == (b"", "eof")
@@ -662,7 +663,7 @@ async def test_one_that_cannot_be_judged_any_more(
             again = await bad.open_tunnel(target)
             for tunnel, there in ((kept, behind), (again, await _last(it))):
                 await tunnel.send_all(HELLO)
-                assert await there.receive_some() == HELLO
+                assert await receive_exactly(there, len(HELLO)) == HELLO
                 await tunnel.send_eof()
                 await there.send_eof()
                 assert await read_to_end(tunnel) == (b"", "eof")
@@ -778,7 +779,7 @@ async def test_plain_text_that_is_not_allowed_any_more(ca: LocalCA, captures: Ca
         async with await captures.dial(proxy, f"{STOCK}:{it.app.port}") as near:
             far = await it.app.accept()
             await near.send_all(HELLO)
-            assert await far.receive_some() == HELLO
+            assert await receive_exactly(far, len(HELLO)) == HELLO
             it.mesh.replace(it.mesh.snapshot.with_changes(upsert=[NO_PLAIN_TEXT]))
             await it.far.context.connections.settled()
             assert await read_to_end(near) == (b"", "reset")

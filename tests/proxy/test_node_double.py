@@ -30,6 +30,7 @@ from support.dataplanes import (
     until,
 )
 from support.meshes import name, policy
+from support.tcp import receive_exactly
 
 from hbone import (
     Authority,
@@ -310,7 +311,7 @@ async def test_a_cut_in_the_middle_is_no_end(ca: LocalCA, how: str) -> None:
         async with await it.near.connect(VIP, 80) as near:
             far = await it.app.accept()
             await far.send_all(HELLO)
-            assert await near.receive_some() == HELLO
+            assert await receive_exactly(near, len(HELLO)) == HELLO
             tunnel, stream = outer[0]
             if how == "reset":
                 tunnel.abort(ErrorCode.CONNECT_ERROR)
@@ -336,7 +337,7 @@ async def test_each_direction_ends_by_itself(ca: LocalCA) -> None:
         assert await read_to_end(far) == (HELLO, "eof")
         for _ in range(3):
             await far.send_all(b"still")
-            assert await near.receive_some() == b"still"
+            assert await receive_exactly(near, 5) == b"still"
         await far.send_eof()
         assert await read_to_end(near) == (b"", "eof")
         line = await it.near.log.next()

@@ -39,6 +39,7 @@ from support.dataplanes import (
 )
 from support.meshes import policy, service
 from support.routes import app_tunnel, gateway
+from support.tcp import receive_exactly
 
 from hbone import (
     BadTarget,
@@ -519,7 +520,7 @@ async def test_an_address_that_becomes_somebody_else(ca: LocalCA) -> None:
                 await (await it.app.accept()).aclose()
                 await read_to_end(other)
             await tunnel.send_all(HELLO)
-            assert await behind.receive_some() == HELLO
+            assert await receive_exactly(behind, len(HELLO)) == HELLO
             await tunnel.send_eof()
             await behind.send_eof()
             assert await read_to_end(tunnel) == (b"", "eof")

@@ -53,6 +53,7 @@ from support.dataplanes import (
 )
 from support.meshes import policy, service, workload
 from support.routes import PASSTHROUGH, gateway
+from support.tcp import receive_exactly
 
 from hbone import (
     Authority,
@@ -225,7 +226,7 @@ async def test_live_bytes_and_live_connections(ca: LocalCA) -> None:
     async with shop(ca) as it:
         async with await it.near.connect(VIP, 80) as stream:
             await stream.send_all(HELLO)
-            assert await stream.receive_some(22) == TWICE
+            assert await receive_exactly(stream, len(TWICE)) == TWICE
             (shown,) = it.near.context.connections.outbound
             assert shown.workload is it.mesh.snapshot.workloads["lab//Pod/shop/cart-0"]
             assert (str(shown.original), str(shown.actual), shown.protocol) == (
@@ -839,7 +840,7 @@ async def test_each_direction_ends_by_itself(ca: LocalCA, kind: str, first: str)
         assert await read_to_end(other) == (b"first", "eof")
         for _ in range(3):  # the other direction goes on
             await other.send_all(b"still")
-            assert await one.receive_some() == b"still"
+            assert await receive_exactly(one, 5) == b"still"
         await other.send_eof()
         assert await read_to_end(one) == (b"", "eof")
         line = await it.near.log.next()
@@ -891,7 +892,7 @@ async def test_an_application_that_resets(ca: LocalCA, kind: str, who: str) -> N
     """It is a reset at the other end, too, and never an end; it is no failure, and the logs tell of it."""
     async with of_kind(ca, kind) as it, both(it) as (near, far):
         await near.send_all(HELLO)
-        assert await far.receive_some() == HELLO
+        assert await receive_exactly(far, len(HELLO)) == HELLO
         one, other = (near, far) if who == "near" else (far, near)
         reset(one)
         assert await read_to_end(other) == (b"", "reset")
@@ -1136,7 +1137,7 @@ async def test_the_end_of_the_node(ca: LocalCA, kind: str) -> None:
     """What is open then is reset; nobody connects any more."""
     async with of_kind(ca, kind) as it, both(it) as (near, far):
         await near.send_all(HELLO)
-        assert await far.receive_some() == HELLO
+        assert await receive_exactly(far, len(HELLO)) == HELLO
         await it.near.outbound.drain(0)
         assert await read_to_end(near) == (b"", "reset")
         assert await read_to_end(far) == (b"", "reset")

@@ -32,6 +32,7 @@ from support.dataplanes import (
     until,
 )
 from support.meshes import policy, workload
+from support.tcp import receive_exactly
 
 from hbone import Authority, Endpoint, NoRoute
 from hbone.mesh import Action, Match, StringMatch, StringMatchKind, TunnelProtocol
@@ -134,7 +135,7 @@ async def test_in(
 async def test_what_is_under_way_shows(ca: LocalCA, captures: Captures) -> None:
     async with plain(ca, captures) as it, await it.dial() as near:
         await near.send_all(HELLO)
-        assert await near.receive_some() == TWICE
+        assert await receive_exactly(near, len(TWICE)) == TWICE
         assert it.node.plaintext.connections == 1
         (shown,) = it.node.context.connections.inbound
         assert (shown.protocol, shown.original, shown.actual) == ("TCP", HOSTNAME, it.app.endpoint)
@@ -257,7 +258,7 @@ async def test_each_direction_ends_by_itself(ca: LocalCA, captures: Captures, fi
         await one.send_eof()
         assert await read_to_end(other) == (b"first", "eof")
         await other.send_all(b"still")
-        assert await one.receive_some() == b"still"
+        assert await receive_exactly(one, 5) == b"still"
         await other.send_eof()
         assert await read_to_end(one) == (b"", "eof")
         assert (await it.node.log.next()).error is None
@@ -375,7 +376,7 @@ async def test_the_end_of_the_node(ca: LocalCA, captures: Captures) -> None:
     async with plain(ca, captures, habit=None) as it, await it.dial() as near:
         far = await it.app.accept()
         await near.send_all(HELLO)
-        assert await far.receive_some() == HELLO
+        assert await receive_exactly(far, len(HELLO)) == HELLO
         await it.node.plaintext.drain(0)
         assert await read_to_end(near) == (b"", "reset")
         assert await read_to_end(far) == (b"", "reset")

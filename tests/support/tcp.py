@@ -6,7 +6,7 @@ import socket
 
 import trio
 
-__all__ = ["connected_pair", "receive_all"]
+__all__ = ["connected_pair", "receive_all", "receive_exactly"]
 
 
 def connected_pair(host: str = "127.0.0.1") -> tuple[trio.SocketStream, socket.socket]:
@@ -30,5 +30,15 @@ async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
     """Everything until the end."""
     data = bytearray()
     async for chunk in stream:
+        data += chunk
+    return bytes(data)
+
+
+async def receive_exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
+    """So many bytes, however they come."""
+    data = bytearray()
+    while len(data) < size:
+        chunk = await stream.receive_some(size - len(data))
+        assert chunk, f"an end after {len(data)} of {size} bytes"
         data += chunk
     return bytes(data)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import socket
 import ssl
 import threading
 
@@ -33,6 +32,7 @@ from support.certs import SERVER
 from support.frames import Code, Kind, Setting
 from support.ours import PATIENCE, against, forwarding, run, svid
 from support.rawpeer import Ended
+from support.tcp import connected_pair
 
 from hbone import (
     ConnectFailed,
@@ -615,22 +615,13 @@ async def test_fault_14_the_application_behind_the_relay_sees_a_reset(how):
                 peer.wait_end()
 
     async with against(script) as port, connected(port) as client:
-        application, ours = await tcp_pair()
+        application, ours = connected_pair()
         async with application, trio.open_nursery() as nursery:
             nursery.start_soon(relay, ours, await client.open_tunnel(TARGET))
             assert await application.receive_some(1)
             await application.send_all(b"got it")
             _, end = await drain(application)
             assert isinstance(end, trio.BrokenResourceError)
-
-
-async def tcp_pair():
-    """Two ends of a TCP connection over the loopback, as trio streams: the application's and ours."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = await trio.open_tcp_stream(*listener.getsockname())
-        far, _ = listener.accept()
-    far.setblocking(False)
-    return near, trio.SocketStream(trio.socket.from_stdlib_socket(far))
 
 
 @pytest.mark.parametrize("code", [Code.INTERNAL_ERROR, Code.CONNECT_ERROR, Code.CANCEL, Code.NO_ERROR])
@@ -668,7 +659,7 @@ async def test_fault_15_a_reset_stream_is_a_reset_for_the_application(code):
                 peer.wait_end()
 
     async with against(script) as port, connected(port) as client:
-        application, ours = await tcp_pair()
+        application, ours = connected_pair()
         async with application, trio.open_nursery() as nursery:
             nursery.start_soon(relay, ours, await client.open_tunnel(TARGET))
             assert await application.receive_some(1)
@@ -689,7 +680,7 @@ async def test_fault_15_the_applications_own_reset_is_no_end_stream():
             assert (end.kind, end.code) == (Kind.RST_STREAM, Code.CONNECT_ERROR)
 
     async with against(script) as port, connected(port) as client:
-        application, ours = await tcp_pair()
+        application, ours = connected_pair()
         async with application, trio.open_nursery() as nursery:
             tunnel = await client.open_tunnel(TARGET)
             nursery.start_soon(relay, ours, tunnel)
