@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import select
 import socket
 import struct
 import sys
@@ -83,7 +84,11 @@ async def until_sent(sock: socket.socket) -> None:
 
 
 def _unsent(sock: socket.socket) -> int:
-    """Bytes that the other side's kernel has not taken; 0 where that cannot be known."""
+    """Bytes that the other side's kernel has not taken; 0 where that cannot be known, and when it never will."""
+    asked = select.poll()
+    asked.register(sock, 0)
+    if asked.poll(0):  # it is broken; Linux goes on counting what it has thrown away then
+        return 0
     try:
         return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except OSError:

@@ -715,6 +715,19 @@ async def test_the_wait_for_a_slow_application_ends_with_it(monkeypatch: pytest.
             await trio.aclose_forcefully(app)
 
 
+def test_nothing_is_unsent_once_the_connection_is_reset() -> None:
+    """Linux goes on counting what it threw away then."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        application, _ = listener.accept()
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                sock.send(bytes(100_000))
+        assert _ends._unsent(sock) > 0
+        _ends.reset_socket(application)
+        assert _ends._unsent(sock) == 0
+
+
 # === an application that breaks while nobody looks ===
 
 
