@@ -18,6 +18,7 @@ from support.dataplanes import (
     ask,
     cart,
     data_plane,
+    dial,
     double_echo,
     labels_of,
     mesh_of,
@@ -146,9 +147,10 @@ async def test_what_is_under_way_shows(ca: LocalCA, captures: Captures) -> None:
 
 
 async def test_a_connection_that_begins_is_told_at_debug(ca: LocalCA, captures: Captures) -> None:
-    async with plain(ca, captures) as it, await it.dial() as near:
+    async with plain(ca, captures) as it:
         it.node.log.level = LogLevel.DEBUG
-        await ask(near)
+        async with await it.dial() as near:
+            await ask(near)
         first, last = await it.node.log.next(), await it.node.log.next()
         assert first.level == "debug"
         assert first._replace(opened=False) == last._replace(bytes_sent=None, bytes_recv=None, duration=None)
@@ -225,7 +227,7 @@ async def test_a_port_of_the_mesh(ca: LocalCA, captures: Captures, port: int) ->
 async def test_straight_to_the_port(ca: LocalCA, captures: Captures) -> None:
     """Not by way of netfilter."""
     async with plain(ca, captures) as it:
-        async with await trio.open_tcp_stream("127.0.0.1", it.proxy.port) as near:
+        async with await dial(it.proxy) as near:
             source = Endpoint.from_sockaddr(near.socket.getsockname())
             assert await read_to_end(near) == (b"", "reset")
         line = await it.node.log.next()

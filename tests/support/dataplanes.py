@@ -14,7 +14,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import trio
 
@@ -225,6 +225,8 @@ class Peer:
     server: HBONEServer
     requests: list[TunnelRequest]
     """What it was asked, in order."""
+    handled: set[TunnelRequest]
+    """What it is at."""
 
 
 def trusting(ca: LocalCA, *others: LocalCA) -> Callable[[SpiffeIdentity], Awaitable[Svid]]:
@@ -249,21 +251,26 @@ async def hbone_peer(
 ) -> AsyncIterator[Peer]:
     """A server that does with each request what `handler` does; without one it echoes."""
     requests: list[TunnelRequest] = []
+    handled: set[TunnelRequest] = set()
 
-    async def handle(request: TunnelRequest) -> None:
-        requests.append(request)
-        if handler is not None:
-            await handler(request)
-            return
+    async def echo_it(request: TunnelRequest) -> None:
         async with await request.accept() as tunnel:
             async for chunk in tunnel:
                 await tunnel.send_all(chunk)
             await tunnel.send_eof()
 
+    async def handle(request: TunnelRequest) -> None:
+        requests.append(request)
+        handled.add(request)
+        try:
+            await (handler or echo_it)(request)
+        finally:
+            handled.discard(request)
+
     server = HBONEServer(ca.issue(identity), handle, **options)
     async with beside() as nursery:
         endpoint = await nursery.start(server.serve, host, port)
-        yield Peer(endpoint.port, server, requests)
+        yield Peer(endpoint.port, server, requests, handled)
 
 
 # === nodes ===
@@ -397,7 +404,7 @@ class DataPlane:
 async def dial(endpoint: Endpoint, source: str | None = None) -> trio.SocketStream:
     """A TCP connection, from any address of this machine."""
     if source is None:
-        return await trio.open_tcp_stream(str(endpoint.ip), endpoint.port)
+        return await _connected(trio.socket.socket(), endpoint)
     return await _connected(await _bound(source), endpoint)
 
 
@@ -410,10 +417,29 @@ async def _bound(source: str) -> trio.socket.SocketType:
 async def _connected(sock: trio.socket.SocketType, endpoint: Endpoint) -> trio.SocketStream:
     try:
         await sock.connect((str(endpoint.ip), endpoint.port))
+    except ConnectionResetError:  # it stood, and was reset before we asked: the kernel tells that once
+        return cast("trio.SocketStream", _WasReset(sock))
     except BaseException:
         sock.close()
         raise
     return trio.SocketStream(sock)
+
+
+class _WasReset(trio.abc.HalfCloseableStream):
+    """A connection that was reset: who uses it is told now."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self.socket = sock
+
+    async def _broken(self, *_: object) -> NoReturn:
+        await trio.lowlevel.checkpoint()
+        raise trio.BrokenResourceError("it was reset while it was being made")
+
+    receive_some = send_all = send_eof = wait_send_all_might_not_block = _broken
+
+    async def aclose(self) -> None:
+        self.socket.close()
+        await trio.lowlevel.checkpoint()
 
 
 async def _receive(stream: trio.SocketStream, size: int) -> bytes:
@@ -596,6 +622,7 @@ class Across:
 
     async def at_rest(self) -> None:
         await at_rest(self.near, self.far)
+        await until(lambda: not self.gate.handled)
 
 
 @asynccontextmanager
