@@ -39,6 +39,9 @@ class Carrier(Protocol):
 
     connection: SSL.Connection
 
+    def fileno(self) -> int:
+        """The socket that all bytes go through, each read and write at once; -1 when there is none."""
+
     @property
     def needs_flush(self) -> bool:
         """Whether ciphertext waits for `wait_writable`."""
@@ -145,6 +148,9 @@ class SocketCarrier(_TLS):
         super().__init__(connection)
         self._sock = sock
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     @property
     def needs_flush(self) -> bool:
         return False
@@ -219,6 +225,9 @@ class StreamCarrier(_TLS):
         self.stream = stream
         self._ciphertext = bytearray()
         self._ended = False
+
+    def fileno(self) -> int:
+        return -1
 
     @property
     def needs_flush(self) -> bool:

@@ -25,7 +25,11 @@ if sys.platform == "linux":
         __slots__ = ("_epoll",)
 
         _MASKS: Final = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
-        _BROKEN: Final = select.EPOLLERR | select.EPOLLHUP
+        # By what epoll says (IN 1, PRI 2, OUT 4, ERR 8, HUP 16): what we call that.
+        _WHAT: Final = tuple(
+            READABLE | WRITABLE if mask & 24 else (READABLE if mask & 1 else 0) | (WRITABLE if mask & 4 else 0)
+            for mask in range(32)
+        )
 
         def __init__(self) -> None:
             self._epoll = select.epoll()
@@ -42,13 +46,10 @@ if sys.platform == "linux":
         def remove(self, fd: int) -> None:
             self._epoll.unregister(fd)
 
-        def poll(self) -> list[tuple[int, int]]:
-            """Ready sockets, now: (file descriptor, what for). Does not wait."""
-            broken = self._BROKEN
-            return [
-                (fd, (mask & 1) | (WRITABLE if mask & select.EPOLLOUT else 0) | (3 if mask & broken else 0))
-                for fd, mask in self._epoll.poll(0, 64)
-            ]
+        def poll(self, timeout: float = 0) -> list[tuple[int, int]]:
+            """Ready sockets: (file descriptor, what for). Waits for one as many seconds."""
+            what = self._WHAT
+            return [(fd, what[mask & 31]) for fd, mask in self._epoll.poll(timeout, 64)]
 
         def close(self) -> None:
             self._epoll.close()
@@ -83,9 +84,9 @@ else:
             if fd in self._selector.get_map():
                 self._selector.unregister(fd)
 
-        def poll(self) -> list[tuple[int, int]]:
-            """Ready sockets, now: (file descriptor, what for). Does not wait."""
-            return [(key.fd, mask) for key, mask in self._selector.select(0)]
+        def poll(self, timeout: float = 0) -> list[tuple[int, int]]:
+            """Ready sockets: (file descriptor, what for). Waits for one as many seconds."""
+            return [(key.fd, mask) for key, mask in self._selector.select(timeout)]
 
         def close(self) -> None:
             self._selector.close()

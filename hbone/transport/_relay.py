@@ -4,15 +4,15 @@ Theory of operation
 ===================
 
 A `Link` ties one tunnel to one socket. It has no task of its own: the session's reader calls `feed` with what came
-through the tunnel, and the session's `Pump` calls `ready` when the socket can be read or written. The task that
-called `relay` sleeps until both directions have ended; a tunnel at rest is that task and a few hundred bytes.
+through the tunnel, and the hub calls `io_ready` when the socket can be read or written. The task that called `relay`
+sleeps until both directions have ended; a tunnel at rest is that task and a few hundred bytes.
 
 Tunnel to socket: what came is sent to the socket at once, from the session's read buffer. Only what the socket does
 not take is copied, into a buffer that the tunnel's window bounds, and credit for it goes back once the socket took it.
 
-Socket to tunnel: what can be read (and windows allow) is read into the pump's buffer behind nine spare bytes; the
-DATA header goes in front, and that is what TLS gets. Small pieces of many tunnels leave in one write at the end of a
-round. While the network takes nothing the pump does not read.
+Socket to tunnel: what can be read (and windows allow) is read into a buffer that all links of a thread share, behind
+nine spare bytes; the DATA header goes in front, and that is what TLS gets. Small pieces of many tunnels leave in one
+write at the end of a round of the hub. While the network takes nothing, a link does not read.
 
 Each direction ends by itself: the socket's end of file becomes END_STREAM, END_STREAM becomes shutdown(SHUT_WR).
 Trouble goes through as trouble (RFC 9113 section 8.5): a broken socket becomes RST_STREAM(CONNECT_ERROR), a tunnel
@@ -23,111 +23,64 @@ in full.
 
 from __future__ import annotations
 
+import logging
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
-from hbone.errors import HboneError, LocalProtocolError, TunnelReset
+from hbone.errors import HboneError, TunnelReset
 from hbone.protocol import ErrorCode
 from hbone.protocol._frames import FRAME_HEADER_SIZE
 from hbone.transport._ends import LINGER, RelayResult, let_it_read, reset_socket, until_sent, until_writable
-from hbone.transport._poller import READABLE, WRITABLE, Poller
+from hbone.transport._hub import Hub, shared_hub
+from hbone.transport._poller import READABLE, WRITABLE
 from hbone.transport._session import RECORD_PAYLOAD
 from hbone.transport._splice import relay_sockets
 from hbone.transport._tunnel import Tunnel, reset_by_us
 
-if TYPE_CHECKING:
-    from hbone.transport._session import Session
+__all__ = ["Link", "relay"]
 
-__all__ = ["Link", "Pump", "relay"]
+_log: Final = logging.getLogger("hbone")
 
-#: One read of a socket, shared by all pumps of a thread. Twice as much brought nothing.
+#: One read of a socket. Twice as much brought nothing.
 _READ_SIZE: Final = 256 * 1024
 _COPY_SIZE: Final = 256 * 1024
 
-_pump_buffer: trio.lowlevel.RunVar[bytearray] = trio.lowlevel.RunVar("hbone-pump-buffer")
+
+class _Buffer:
+    """What sockets are read into, with room for a frame header in front."""
+
+    __slots__ = ("bytes", "hub", "view")
+
+    def __init__(self) -> None:
+        self.bytes: bytearray = bytearray(FRAME_HEADER_SIZE + _READ_SIZE)
+        self.view: memoryview = memoryview(self.bytes)
+        self.hub: Hub = shared_hub()
 
 
-def _shared_pump_buffer() -> bytearray:
+_buffer: trio.lowlevel.RunVar[_Buffer] = trio.lowlevel.RunVar("hbone-relay-buffer")
+
+
+def _shared_buffer() -> _Buffer:
     try:
-        return _pump_buffer.get()
+        return _buffer.get()
     except LookupError:
-        buffer = bytearray(FRAME_HEADER_SIZE + _READ_SIZE)
-        _pump_buffer.set(buffer)
+        buffer = _Buffer()
+        _buffer.set(buffer)
         return buffer
-
-
-class Pump:
-    """Reads the sockets of one session's links, and writes to those that were full."""
-
-    __slots__ = ("_buffer", "_ended", "_links", "_poller", "_session", "_view")
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._poller = Poller()
-        self._links: dict[int, Link] = {}
-        self._ended = False
-        self._buffer = _shared_pump_buffer()
-        self._view = memoryview(self._buffer)
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        session, poller, links = self._session, self._poller, self._links
-        try:
-            while True:
-                await trio.lowlevel.wait_readable(poller)
-                for fd, ready in poller.poll():
-                    # Wait here and go on with who is next: epoll would begin with the same ones again.
-                    if session.congested:
-                        await session.wait_uncongested()
-                    link = links.get(fd)
-                    if link is not None:
-                        link.ready(ready)
-                session.flush()
-        finally:
-            self._ended = True  # when all is cancelled, links may let go of it later than it ends
-            trio.lowlevel.notify_closing(poller)
-            poller.close()
-
-    def add(self, link: Link, fd: int, interest: int) -> None:
-        """Call `link.ready` from now on."""
-        if not self._ended:
-            self._links[fd] = link
-            self._poller.add(fd, interest)
-
-    def change(self, fd: int, interest: int) -> None:
-        """What its link is called for from now on."""
-        if not self._ended:
-            self._poller.change(fd, interest)
-
-    def remove(self, fd: int) -> None:
-        """Call its link no more, if it was called at all."""
-        if self._links.pop(fd, None) is not None and not self._ended:
-            self._poller.remove(fd)
-
-    def read(self, sock: socket.socket, size: int) -> int:
-        """`recv_into` the shared buffer, leaving room for a frame header in front."""
-        end = FRAME_HEADER_SIZE + min(size, _READ_SIZE)
-        return sock.recv_into(self._view[FRAME_HEADER_SIZE:end])
-
-    def send(self, stream_id: int, length: int) -> None:
-        """Send what `read` has read."""
-        if length <= RECORD_PAYLOAD:
-            self._session.queue_payload(stream_id, self._view[FRAME_HEADER_SIZE : FRAME_HEADER_SIZE + length])
-        else:
-            self._session.send_payload(stream_id, self._buffer, self._view, length)
 
 
 class Link:
     """One tunnel tied to one socket; see the module's theory of operation."""
 
     __slots__ = (
+        "_buffer",
         "_done",
         "_fd",
+        "_hub",
         "_interest",
         "_pending",
-        "_pump",
         "_sock",
         "_tunnel",
         "_waiter",
@@ -141,11 +94,12 @@ class Link:
         "write_ended",
     )
 
-    def __init__(self, tunnel: Tunnel, sock: socket.socket, pump: Pump | None) -> None:
+    def __init__(self, tunnel: Tunnel, sock: socket.socket) -> None:
         self._tunnel = tunnel
         self._sock = sock
         self._fd = sock.fileno()
-        self._pump = pump
+        self._buffer = _shared_buffer()
+        self._hub = self._buffer.hub
         self._pending: bytearray | None = None
         self._interest = READABLE
         self._watched = False
@@ -178,8 +132,9 @@ class Link:
         tunnel = self._tunnel
         tunnel.attach(self)
         early = tunnel.take_buffer()
-        if self._pump is not None:
-            self._pump.add(self, self._fd, self._interest)
+        live = tunnel.session.running  # otherwise it is about to end, and will tell the tunnel so
+        if live:
+            self._hub.add(self._fd, self, self._interest)
             self._watched = True
         if early:
             self.feed(memoryview(early))
@@ -190,7 +145,6 @@ class Link:
             self.feed_eof()
         if not tunnel.stream.open:
             self.tunnel_ended(tunnel.reset_error)
-        # Without a pump the session is about to end, and will tell the tunnel so.
         if self._watched and not self._done and self._interest & READABLE and not tunnel.session.congested:
             self._read()  # whoever asked for a tunnel has mostly written into it already: do not wait for the poller
         tunnel.session.flush()
@@ -208,12 +162,12 @@ class Link:
         return trio.lowlevel.Abort.SUCCEEDED
 
     def detach(self) -> None:
-        """Let go of the pump, and of the tunnel, which knows us: without a cycle both are gone with their relay."""
+        """Let go of the hub, and of the tunnel, which knows us: without a cycle both are gone with their relay."""
         self._finish()
         del self._tunnel
 
     async def finish_writing(self) -> None:
-        """Write what is left when the tunnel is over: by the relay's own task, as the pump ends with its session."""
+        """Write what is left when the tunnel is over: by the relay's own task."""
         try:
             while self._pending:
                 if not self.cut:
@@ -302,12 +256,13 @@ class Link:
 
     # === socket to tunnel ===
 
-    def ready(self, what: int) -> None:
-        """The pump says: readable, writable, or both when the socket has broken."""
+    def io_ready(self, what: int) -> None:
+        """The hub says: readable, writable, or both when the socket has broken."""
         if self._done:
             return
         if what & WRITABLE and self._pending is not None:
             self._write_pending()
+            self._hub.flush_later(self._tunnel.session)  # credit for what was taken
             if self._done:
                 return
         if what & READABLE:
@@ -316,9 +271,18 @@ class Link:
             elif what & WRITABLE:
                 self._look_broken()
 
+    def io_failed(self, error: Exception) -> None:
+        """See `Watcher`."""
+        _log.error("a relay failed", exc_info=error)
+        self._socket_failed(OSError(0, f"the relay failed: {error!r}"))
+
     def _read(self) -> None:
         tunnel = self._tunnel
         session, stream = tunnel.session, tunnel.stream
+        if session.congested:
+            self._want(self._interest & ~READABLE)
+            session.muted[self] = None
+            return
         engine = session.engine
         credit = min(stream.send_window, engine.send_window)
         if session.credit_queue and credit > _COPY_SIZE // 4:
@@ -329,7 +293,8 @@ class Link:
             self._want(self._interest & ~READABLE)
             return
         try:
-            count = self._pump.read(self._sock, credit)  # type: ignore[union-attr]  # there is one while we read
+            buffer = self._buffer
+            count = self._sock.recv_into(buffer.view[FRAME_HEADER_SIZE : FRAME_HEADER_SIZE + min(credit, _READ_SIZE)])
         except BlockingIOError:
             return
         except OSError as exc:
@@ -339,7 +304,11 @@ class Link:
             engine.take_credit(stream, count)
             self.from_socket += count
             tunnel.bytes_sent += count
-            self._pump.send(stream.id, count)  # type: ignore[union-attr]
+            if count <= RECORD_PAYLOAD:
+                session.queue_payload(stream.id, buffer.view[FRAME_HEADER_SIZE : FRAME_HEADER_SIZE + count])
+                self._hub.flush_later(session)
+            else:
+                session.send_payload(stream.id, buffer.bytes, buffer.view, count)
             return
         self.read_ended = True
         self._want(self._interest & ~READABLE)
@@ -358,7 +327,7 @@ class Link:
             self._socket_failed(OSError(code, "the application's connection broke"))
         elif self._watched and not self._interest:
             # Both ended, and bytes wait for credit: level-triggered, epoll would tell us of it for ever.
-            self._pump.remove(self._fd)  # type: ignore[union-attr]
+            self._hub.remove(self._fd)
             self._watched = False
 
     # === ends ===
@@ -400,20 +369,20 @@ class Link:
             return
         self._done = True
         if self._watched:
-            self._pump.remove(self._fd)  # type: ignore[union-attr]
+            self._hub.remove(self._fd)
             self._watched = False
         if self._waiter is not None:
             waiter, self._waiter = self._waiter, None
             trio.lowlevel.reschedule(waiter)
 
     def _want(self, interest: int) -> None:
-        if interest == self._interest or self._done or self._pump is None:
+        if interest == self._interest or self._done:
             return
         self._interest = interest
         if self._watched:
-            self._pump.change(self._fd, interest)
-        else:
-            self._pump.add(self, self._fd, interest)
+            self._hub.change(self._fd, interest)
+        elif self._tunnel.session.running:
+            self._hub.add(self._fd, self, interest)
             self._watched = True
 
 
@@ -474,11 +443,7 @@ def _as_stream(end: _End) -> trio.abc.HalfCloseableStream:
 
 
 async def _relay_socket(tunnel: Tunnel, sock: socket.socket) -> Link:
-    try:
-        pump = tunnel.session.pump()
-    except LocalProtocolError:  # the session is over before we began
-        pump = None
-    link = Link(tunnel, sock, pump)
+    link = Link(tunnel, sock)
     try:
         link.start()
         await link.wait()

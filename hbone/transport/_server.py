@@ -352,8 +352,8 @@ class HBONEServer:
                 # Counted here and not in the task: a full backlog is accepted before any task has run.
                 nursery.start_soon(self._serve_socket, sock, nursery, self._begin_half_open())
 
-        def room() -> Awaitable[None] | None:
-            return self._make_room() if len(self._half_open) >= self._max_half_open else None
+        def room() -> Callable[[], Awaitable[None]] | None:
+            return self._make_room if len(self._half_open) >= self._max_half_open else None
 
         await accept_from(listener, handle, room=room, options=self._socket_options)
 

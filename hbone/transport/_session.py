@@ -3,16 +3,16 @@
 Theory of operation
 ===================
 
-* **One reader**, always reading (`_read`): read everything there is, let the engine make events of it, hand each to
+* **One reader**, always reading (`_receive`): read everything there is, let the engine make events of it, hand each to
   its tunnel at once. It never waits for a consumer: a tunnel's data goes to its socket, or into its buffer, which
   its own window bounds. Nothing is awaited between a read and its dispatch, so all sessions of a thread share one
-  read buffer and an idle session needs none.
+  read buffer and an idle session needs none. On a socket it is called by the hub, outside of any task; over a stream
+  by the task that also sees to the end in both cases (`_read`).
 * **Anybody writes**, without waiting: `flush` and `send_payload` encrypt and send what the network takes now. What it
-  does not take is kept in `_unsent`, and a task that lives as long as there is some (`_drain_unsent`) goes on with
-  it. Who sends much waits for that (`wait_uncongested`). So no sender can be cancelled inside a frame: the rest of
-  the frame belongs to the session.
+  does not take is kept in `_unsent`, and goes as the network takes it (`_write_unsent`, called by the hub;
+  `_drain_unsent`, a task, over a stream). Who sends much waits for that (`wait_uncongested`; a relay is `muted`). So no
+  sender can be cancelled inside a frame: the rest of the frame belongs to the session.
 * **One timer** (`_keep_alive`) calls the engine at its deadlines.
-* **The relay's pump** (`_relay.Pump`), started by the first tunnel that is relayed to a socket.
 
 A failure is recorded once, breaks all tunnels with that cause, and ends `run`, which never raises it.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -28,7 +29,6 @@ import trio
 from hbone.errors import (
     ConnectFailed,
     HboneError,
-    LocalProtocolError,
     RemoteProtocolError,
     SessionClosed,
     StreamRefused,
@@ -39,6 +39,8 @@ from hbone.protocol import ConnectRequest, Engine, ErrorCode
 from hbone.protocol import _events as ev
 from hbone.protocol._frames import FRAME_HEADER_SIZE, pack_frame_header_into
 from hbone.transport._carrier import WOULD_BLOCK, StreamCarrier, refused_identity
+from hbone.transport._hub import shared_hub
+from hbone.transport._poller import READABLE, WRITABLE
 from hbone.transport._tunnel import Tunnel
 from hbone.transport._values import SessionStatistics
 
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from hbone.protocol import Limits, Stream
     from hbone.transport._carrier import Carrier
     from hbone.transport._observer import Observer
-    from hbone.transport._relay import Pump
+    from hbone.transport._relay import Link
     from hbone.transport._values import Peer, Timeouts
 
 __all__ = ["Session"]
@@ -62,7 +64,7 @@ _log: Final = logging.getLogger("hbone")
 READ_BUFFER: Final = 512 * 1024
 #: A frame of this payload fills one TLS record with its header.
 RECORD_PAYLOAD: Final = 16_384 - FRAME_HEADER_SIZE
-#: What senders may leave unsent before they wait: one turn of a tunnel, one read of the pump.
+#: What senders may leave unsent before they wait: one turn of a tunnel, one read of a relay.
 _SENDERS_UNSENT: Final = 512 * 1024
 #: How much of a refusal's body is kept as its reason.
 _MAX_REASON: Final = 512
@@ -77,6 +79,16 @@ def _shared_read_buffer() -> memoryview:
         buffer = memoryview(bytearray(READ_BUFFER))
         _read_buffer.set(buffer)
         return buffer
+
+
+class _Step(Enum):
+    """What a read was followed by."""
+
+    WAIT = auto()
+    AGAIN = auto()
+    """There may be more already."""
+    ENDED = auto()
+    FAILED = auto()
 
 
 class Session:
@@ -137,7 +149,15 @@ class Session:
         self._alarm = float("inf")
         self._closing = False
         self._killed = False
-        self._pump: Pump | None = None
+        self._buffer = _shared_read_buffer()
+        self._hub = shared_hub()
+        self._fd = carrier.fileno()
+        self._interest = 0
+        self._reader: trio.lowlevel.Task | None = None
+        self._last_step = _Step.ENDED
+        self._crash: Exception | None = None
+        self.muted: dict[Link, None] = {}
+        """Relays that do not read, because the network does not take what was sent before."""
         self.credit_queue: deque[Tunnel] = deque()
         """Tunnels that wait for credit of the session's window, first come, first served."""
 
@@ -204,6 +224,7 @@ class Session:
             self._end(self.error or SessionClosed("the session was closed"))
             # OpenSSL knows the socket by its number, and the next socket gets that: not a byte may be written to it.
             self._write_error = SessionClosed("the session has ended")
+            self._watch(self._interest, False)
             self._carrier.close()
             if isinstance(self._carrier, StreamCarrier):
                 with trio.CancelScope(shield=True):
@@ -227,31 +248,91 @@ class Session:
             raise ConnectFailed(f"the peer does not speak HTTP/2 as it should: {self.error}") from self.error
 
     async def _read(self) -> None:
-        carrier, engine = self._carrier, self.engine
-        buffer = _shared_read_buffer()
-        full = READ_BUFFER - RECORD_PAYLOAD
-        while True:
-            try:
-                got = carrier.read_into(buffer)
-            except SessionClosed as exc:
-                if self._tunnels or not self._closing:  # once we have said goodbye, any end of theirs is one
-                    self._fail(exc)
-                return
-            if got == WOULD_BLOCK:
-                await carrier.wait_readable()
-                continue
-            if got == 0:
-                if not engine.ready or (self._tunnels and not self._closing):
-                    self._fail(SessionClosed("the peer closed the session"))
-                self._carrier.shutdown_write()
-                return
-            if self._dispatch(engine.receive_untrusted(buffer[:got], trio.current_time())):
-                await self._say_goodbye()
-                return
-            if got > full:
-                await trio.lowlevel.checkpoint()
+        """Until the peer's end, or the session's."""
+        step = self._receive()
+        if self._fd >= 0:
+            step = await self._be_told(step)
+        while step is _Step.WAIT or step is _Step.AGAIN:
+            if step is _Step.WAIT:
+                await self._carrier.wait_readable()
             else:
-                await carrier.wait_readable()
+                await trio.lowlevel.checkpoint()
+            step = self._receive()
+        if step is _Step.FAILED:
+            await self._say_goodbye()
+
+    async def _be_told(self, step: _Step) -> _Step:
+        """Let the hub do the reading; returns the last step."""
+        if step is not _Step.WAIT and step is not _Step.AGAIN:
+            return step
+        self._reader = trio.lowlevel.current_task()
+        self._watch(READABLE, True)
+        try:
+            await trio.lowlevel.wait_task_rescheduled(self._abort_read)
+        finally:
+            self._watch(READABLE, False)
+        if self._crash is not None:
+            raise self._crash
+        return self._last_step
+
+    def _abort_read(self, _: object) -> trio.lowlevel.Abort:
+        self._reader = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def io_ready(self, what: int) -> None:
+        """The hub says: our socket is readable, writable, or both when it has broken."""
+        if what & WRITABLE and self._draining_unsent:
+            self._write_unsent()
+        if what & READABLE and self._reader is not None:
+            step = self._receive()
+            if step is not _Step.WAIT and step is not _Step.AGAIN:
+                self._last_step = step
+                self._wake_reader()
+
+    def io_failed(self, error: Exception) -> None:
+        """See `Watcher`: whoever runs the session gets it."""
+        self._crash = error
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            self._watch(READABLE, False)
+            trio.lowlevel.reschedule(reader)
+
+    def _watch(self, what: int, yes: bool) -> None:
+        """Be told of this as well, or not."""
+        before = self._interest
+        self._interest = after = before | what if yes else before & ~what
+        if before == after:
+            return
+        if not before:
+            self._hub.add(self._fd, self, after)
+        elif after:
+            self._hub.change(self._fd, after)
+        else:
+            self._hub.remove(self._fd)
+
+    def _receive(self) -> _Step:
+        """Read once, and do all that follows from it."""
+        carrier, engine = self._carrier, self.engine
+        buffer = self._buffer
+        try:
+            got = carrier.read_into(buffer)
+        except SessionClosed as exc:
+            if self._tunnels or not self._closing:  # once we have said goodbye, any end of theirs is one
+                self._fail(exc)
+            return _Step.ENDED
+        if got == WOULD_BLOCK:
+            return _Step.WAIT
+        if got == 0:
+            if not engine.ready or (self._tunnels and not self._closing):
+                self._fail(SessionClosed("the peer closed the session"))
+            self._carrier.shutdown_write()
+            return _Step.ENDED
+        if self._dispatch(engine.receive_untrusted(buffer[:got], trio.current_time())):
+            return _Step.FAILED
+        return _Step.AGAIN if got > READ_BUFFER - RECORD_PAYLOAD else _Step.WAIT
 
     def _dispatch(self, events: list[ev.Event]) -> bool:
         """Hand the events out. Returns whether the session has failed."""
@@ -461,9 +542,25 @@ class Session:
     def _start_drain(self) -> None:
         if not self._draining_unsent and self._nursery is not None:
             self._draining_unsent = True
-            self._nursery.start_soon(self._drain_unsent)
+            if self._fd >= 0:
+                self._watch(WRITABLE, True)
+            else:
+                self._nursery.start_soon(self._drain_unsent)
+
+    def _write_unsent(self) -> None:
+        try:
+            if self._unsent:
+                with memoryview(self._unsent) as view:
+                    done = self._carrier.write(view)
+                del self._unsent[:done]
+        except SessionClosed as exc:
+            self._write_failed(exc)
+        if not self._unsent:
+            self._watch(WRITABLE, False)
+            self._drained()
 
     async def _drain_unsent(self) -> None:
+        """The same for a carrier without a socket."""
         try:
             while self._unsent or self._carrier.needs_flush:
                 await self._carrier.wait_writable()
@@ -474,8 +571,15 @@ class Session:
         except SessionClosed as exc:
             self._write_failed(exc)
         finally:
-            self._draining_unsent = False
-            self._uncongested.unpark_all()
+            self._drained()
+
+    def _drained(self) -> None:
+        self._draining_unsent = False
+        self._uncongested.unpark_all()
+        if self.muted:
+            muted, self.muted = self.muted, {}
+            for link in muted:
+                link.credit_came()
 
     async def wait_uncongested(self) -> None:
         """Wait until all that was written is on its way, or never will be. A checkpoint only if it waits."""
@@ -668,20 +772,10 @@ class Session:
 
     # === helpers ===
 
-    def pump(self) -> Pump:
-        """The relay's pump of this session, started when first asked for.
-
-        Raises:
-            LocalProtocolError: the session has ended.
-        """
-        if self._nursery is None or self.closed:
-            raise LocalProtocolError("the session has ended")
-        if self._pump is None:
-            from hbone.transport._relay import Pump
-
-            self._pump = Pump(self)
-            self._nursery.start_soon(self._pump.run)
-        return self._pump
+    @property
+    def running(self) -> bool:
+        """Whether it has begun and has not ended."""
+        return self._nursery is not None and not self.closed
 
     def _changed(self) -> None:
         if self.on_change is not None:

@@ -3,9 +3,9 @@
 Theory of operation
 ===================
 
-Each direction is a `_Way` from one socket to the other, without a task of its own: one `Mover` for all relays of a
-thread waits for all their sockets at once, and calls the way whose socket can be read or written. The task that called
-`PlainRelay.run` sleeps until both ways have ended; a relay at rest is that task and less than a kilobyte.
+Each direction is a `_Way` from one socket to the other, without a task of its own: the hub calls when a socket can be
+read or written. The task that called `PlainRelay.run` sleeps until both ways have ended; a relay at rest is that task
+and less than a kilobyte.
 
 What is read is written at once. A read that brings much says that there is more than small talk: from then on the
 bytes go from socket to socket through a pipe, by ``splice``, and are never copied into this process; until a splice
@@ -13,9 +13,9 @@ brings little, or nothing. What ``splice`` says of an end is not believed (urgen
 ``recv`` decides about ends and about waiting.
 
 What the sink does not take stays in the pipe, or in a copy, and the source is not read again before all of that is
-gone: its own kernel buffer and window then stop who sends. Pipes belong to the mover and are lent to a way while it
-moves something, so there are only as many as there are sinks that are full now; and only so many. Beyond that, and
-where there is no ``splice``, the copy is all there is.
+gone: its own kernel buffer and window then stop who sends. Pipes belong to all relays together and are lent to a way
+while it moves something, so there are only as many as there are sinks that are full now; and only so many. Beyond that,
+and where there is no ``splice``, the copy is all there is.
 
 Each way ends by itself: the source's end of file becomes shutdown(SHUT_WR). Trouble goes through as trouble: when one
 socket breaks, the other one is reset. But who was told its end before gets all that led to it first.
@@ -28,12 +28,16 @@ import fcntl
 import logging
 import os
 import socket
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from hbone.transport._ends import RelayResult, let_it_read, reset_socket
-from hbone.transport._poller import READABLE, WRITABLE, Poller
+from hbone.transport._hub import shared_hub
+from hbone.transport._poller import READABLE, WRITABLE
+
+if TYPE_CHECKING:
+    from hbone.transport._hub import Hub
 
 __all__ = ["PlainRelay", "relay_sockets"]
 
@@ -74,62 +78,28 @@ class _Pipe:
         os.close(self.outlet)
 
 
-class Mover:
-    """Reads and writes the sockets of all relays of a thread, and owns the pipes."""
+class Pipes:
+    """Lends pipes to all relays of a thread."""
+
+    __slots__ = ("_ended", "_spare", "count")
 
     def __init__(self) -> None:
-        self._poller = Poller()
-        self._ends: dict[int, _End] = {}
         self._spare: list[_Pipe] = []
         self._ended = False
-        self.pipes: int = 0
+        self.count: int = 0
         """Pipes that there are."""
-        self.view: memoryview = memoryview(bytearray(_COPY_SIZE))
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        poller, ends = self._poller, self._ends
-        try:
-            while True:
-                await trio.lowlevel.wait_readable(poller)
-                for fd, ready in poller.poll():
-                    end = ends.get(fd)
-                    if end is not None:
-                        end.ready(ready)
-        finally:
-            self._ended = True
-            trio.lowlevel.notify_closing(poller)
-            poller.close()
-            while self._spare:
-                self._spare.pop().close()
-
-    def add(self, end: _End, interest: int) -> None:
-        """Call `end.ready` from now on."""
-        if not self._ended:
-            self._ends[end.fd] = end
-            self._poller.add(end.fd, interest)
-
-    def change(self, end: _End, interest: int) -> None:
-        """What `end` is called for from now on."""
-        if not self._ended:
-            self._poller.change(end.fd, interest)
-
-    def remove(self, end: _End) -> None:
-        """Call it no more, if it was called at all."""
-        if self._ends.pop(end.fd, None) is not None and not self._ended:
-            self._poller.remove(end.fd)
 
     def lend(self) -> _Pipe | None:
         """An empty pipe, to be given back; None when there are enough."""
         if self._spare:
             return self._spare.pop()
-        if self.pipes >= _MAX_PIPES:
+        if self.count >= _MAX_PIPES:
             return None
         try:
             pipe = _Pipe()
         except OSError:  # no file descriptors left
             return None
-        self.pipes += 1
+        self.count += 1
         return pipe
 
     def give_back(self, pipe: _Pipe, *, empty: bool) -> None:
@@ -137,32 +107,50 @@ class Mover:
         if empty and len(self._spare) < _SPARE_PIPES and not self._ended:
             self._spare.append(pipe)
         else:
-            self.pipes -= 1
+            self.count -= 1
             pipe.close()
 
+    def close(self) -> None:
+        """Close those that nobody has; the others are closed when they are given back."""
+        self._ended = True
+        while self._spare:
+            self.count -= 1
+            self._spare.pop().close()
 
-_mover: trio.lowlevel.RunVar[Mover] = trio.lowlevel.RunVar("hbone-mover")
+
+class _Shared:
+    """What all relays of a thread use."""
+
+    __slots__ = ("hub", "pipes", "view")
+
+    def __init__(self) -> None:
+        self.hub: Hub = shared_hub()
+        self.pipes: Pipes = Pipes()
+        self.view: memoryview = memoryview(bytearray(_COPY_SIZE))
+        """What is copied is read into this."""
+        self.hub.at_end.append(self.pipes.close)
 
 
-def _shared_mover() -> Mover:
+_shared: trio.lowlevel.RunVar[_Shared] = trio.lowlevel.RunVar("hbone-plain-relays")
+
+
+def _get_shared() -> _Shared:
     try:
-        return _mover.get()
+        return _shared.get()
     except LookupError:
-        mover = Mover()
-        _mover.set(mover)
-        # It belongs to no relay, and is nothing but a wait when there is none.
-        trio.lowlevel.spawn_system_task(mover.run, name="hbone: plain relays")
-        return mover
+        shared = _Shared()
+        _shared.set(shared)
+        return shared
 
 
 class _End:
     """One socket of a relay: the source of one way and the sink of the other."""
 
-    __slots__ = ("_interest", "_mover", "_relay", "_watched", "broken", "fd", "incoming", "outgoing", "sock")
+    __slots__ = ("_hub", "_interest", "_relay", "_watched", "broken", "fd", "incoming", "outgoing", "sock")
 
-    def __init__(self, relay: PlainRelay, sock: socket.socket, mover: Mover) -> None:
+    def __init__(self, relay: PlainRelay, sock: socket.socket, hub: Hub) -> None:
         self._relay = relay
-        self._mover = mover
+        self._hub = hub
         self._interest = READABLE
         self._watched = False
         self.sock: socket.socket = sock
@@ -174,14 +162,14 @@ class _End:
         """What is written here."""
 
     def watch(self) -> None:
-        """Be told by the mover."""
-        self._mover.add(self, self._interest)
+        """Be told by the hub."""
+        self._hub.add(self.fd, self, self._interest)
         self._watched = True
 
     def unwatch(self) -> None:
         """Be told no more; may be called again."""
         if self._watched:
-            self._mover.remove(self)
+            self._hub.remove(self.fd)
             self._watched = False
 
     def want(self, what: int, yes: bool) -> None:
@@ -190,24 +178,24 @@ class _End:
         if interest != self._interest and not self._relay.over:
             self._interest = interest
             if self._watched:
-                self._mover.change(self, interest)
+                self._hub.change(self.fd, interest)
             elif interest:
                 self.watch()
 
-    def ready(self, what: int) -> None:
-        """The mover says: readable, writable, or both when the socket has broken."""
+    def io_failed(self, error: Exception) -> None:
+        _log.error("a relay failed", exc_info=error)
+        self._relay.fail(self, error)
+
+    def io_ready(self, what: int) -> None:
+        """The hub says: readable, writable, or both when the socket has broken."""
         relay = self._relay
-        try:
-            if what & WRITABLE and self.incoming.held:
-                self.incoming.write()
-            if what & READABLE and not relay.over:
-                if self._interest & READABLE:
-                    self.outgoing.move()
-                elif what & WRITABLE and not self.incoming.held:
-                    self._look_broken()
-        except Exception as exc:  # noqa: BLE001 - a relay's failure is its own, not the mover's
-            _log.exception("a relay failed")
-            relay.fail(self, exc)
+        if what & WRITABLE and self.incoming.held:
+            self.incoming.write()
+        if what & READABLE and not relay.over:
+            if self._interest & READABLE:
+                self.outgoing.move()
+            elif what & WRITABLE and not self.incoming.held:
+                self._look_broken()
 
     def _look_broken(self) -> None:
         """Told of a socket that we want nothing of: it broke, or both its directions ended."""
@@ -224,9 +212,9 @@ class _Way:
     __slots__ = (
         "_bulk",
         "_copy",
-        "_mover",
         "_pipe",
         "_relay",
+        "_shared",
         "_sink",
         "_source",
         "count",
@@ -234,11 +222,11 @@ class _Way:
         "held",
     )
 
-    def __init__(self, relay: PlainRelay, source: _End, sink: _End, mover: Mover) -> None:
+    def __init__(self, relay: PlainRelay, source: _End, sink: _End, shared: _Shared) -> None:
         self._relay = relay
         self._source = source
         self._sink = sink
-        self._mover = mover
+        self._shared = shared
         self._bulk = False
         self._pipe: _Pipe | None = None
         self._copy: memoryview | None = None
@@ -258,8 +246,8 @@ class _Way:
 
     def _splice(self) -> bool:
         """Whether that brought something, or was the end."""
-        mover = self._mover
-        pipe = mover.lend()
+        pipes = self._shared.pipes
+        pipe = pipes.lend()
         if pipe is None:
             return False
         try:
@@ -267,12 +255,12 @@ class _Way:
         except OSError as exc:
             if exc.errno not in _NOT_NOW:
                 # Asking again would get an end of file: the kernel tells an error once.
-                mover.give_back(pipe, empty=True)
+                pipes.give_back(pipe, empty=True)
                 self._relay.fail(self._source, exc)
                 return True
             count = 0
         if not count:
-            mover.give_back(pipe, empty=True)
+            pipes.give_back(pipe, empty=True)
             return False
         self._bulk = count >= _BULK
         self._pipe = pipe
@@ -281,7 +269,7 @@ class _Way:
         return True
 
     def _receive(self) -> None:
-        view = self._mover.view
+        view = self._shared.view
         try:
             count = self._source.sock.recv_into(view)
         except BlockingIOError:
@@ -333,7 +321,7 @@ class _Way:
         self._copy = None
         if pipe is not None:
             self._pipe = None
-            self._mover.give_back(pipe, empty=True)
+            self._shared.pipes.give_back(pipe, empty=True)
         self._sink.want(WRITABLE, False)
         self._source.want(READABLE, True)
 
@@ -357,7 +345,7 @@ class _Way:
         self._copy = None
         if self._pipe is not None:
             pipe, self._pipe = self._pipe, None
-            self._mover.give_back(pipe, empty=not self.held)
+            self._shared.pipes.give_back(pipe, empty=not self.held)
         self.held = 0
 
 
@@ -375,11 +363,11 @@ class PlainRelay:
     __slots__ = ("_down", "_downstream", "_first", "_up", "_upstream", "_waiter", "error", "over")
 
     def __init__(self, downstream: socket.socket, upstream: socket.socket, *, first: bytes = b"") -> None:
-        mover = _shared_mover()
-        self._downstream = _End(self, downstream, mover)
-        self._upstream = _End(self, upstream, mover)
-        self._up = _Way(self, self._downstream, self._upstream, mover)
-        self._down = _Way(self, self._upstream, self._downstream, mover)
+        shared = _get_shared()
+        self._downstream = _End(self, downstream, shared.hub)
+        self._upstream = _End(self, upstream, shared.hub)
+        self._up = _Way(self, self._downstream, self._upstream, shared)
+        self._down = _Way(self, self._upstream, self._downstream, shared)
         self._first = first
         self._waiter: trio.lowlevel.Task | None = None
         self.over: bool = False

@@ -10,15 +10,17 @@ import os
 import select
 import socket
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from hbone.address import Authority
 from hbone.errors import ConnectFailed
+from hbone.transport._hub import shared_hub
 from hbone.transport._netfilter import bind_foreign
 from hbone.transport._options import SocketOptions
+from hbone.transport._poller import READABLE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -30,6 +32,10 @@ __all__ = ["accept_from", "connect_tcp", "listen_tcp", "resolve"]
 _log: Final = logging.getLogger("hbone")
 
 _BACKLOG: Final = 1024
+_AT_ONCE: Final = 64
+"""Connections accepted before others get their turn."""
+_RETRY: Final = 0.05
+"""Seconds until an accept is tried again that failed."""
 _TELL_EVERY: Final = 10.0
 """Seconds between two lines about connections that cannot be accepted."""
 #: Linux gives what is accepted the options of its listener: five system calls less for each connection.
@@ -82,11 +88,11 @@ async def connect_tcp(
         address = None
     sock: socket.socket | None = None
     try:
-        with trio.move_on_after(timeout):
-            if address is None:
+        if address is None:
+            with trio.move_on_after(timeout):
                 sock = await _connect_name(host, port, options)
-            else:
-                sock = await _connect_address(address, port, source_ip, transparent, options)
+        else:
+            sock = await _connect_address(address, port, timeout, source_ip, transparent, options)
         if sock is None:
             hint = "; a NetworkPolicy or firewall may block port 15008" if port == 15008 else ""
             raise ConnectFailed(f"connecting to {where} timed out after {timeout:g} s{hint}") from trio.TooSlowError()
@@ -122,13 +128,26 @@ def _why(exc: OSError) -> str:
 
 
 async def _connect_address(
-    address: IPAddress, port: int, source_ip: str | IPAddress | None, transparent: bool, options: SocketOptions
-) -> socket.socket:
+    address: IPAddress,
+    port: int,
+    timeout: float,
+    source_ip: str | IPAddress | None,
+    transparent: bool,
+    options: SocketOptions,
+) -> socket.socket | None:
+    """None when it took longer than `timeout` seconds."""
     sock = _open(socket.AF_INET if address.version == 4 else socket.AF_INET6, options)
     try:
         if source_ip is not None:
             _bind(sock, source_ip, address, transparent)
-        await _connect(sock, (str(address), port))
+        if _begin_connect(sock, (str(address), port)):
+            # Only now: to begin and end a scope costs as much as the system calls before.
+            with trio.move_on_after(timeout) as scope:
+                await trio.lowlevel.wait_writable(sock)
+            if scope.cancelled_caught:
+                sock.close()
+                return None
+        _end_connect(sock)
     except BaseException:
         sock.close()
         raise
@@ -156,14 +175,26 @@ def _bind(sock: socket.socket, source_ip: str | IPAddress, destination: IPAddres
         bind_foreign(sock, source)
 
 
-async def _connect(sock: socket.socket, address: Any) -> None:
+def _begin_connect(sock: socket.socket, address: Any) -> bool:
+    """Whether one must wait, until it is writable, to know what came of it."""
     code = sock.connect_ex(address)
     if code == errno.EINPROGRESS:
-        if not _is_decided(sock):
-            await trio.lowlevel.wait_writable(sock)
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return not _is_decided(sock)
     if code:
         raise OSError(code, os.strerror(code))
+    return False
+
+
+def _end_connect(sock: socket.socket) -> None:
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+async def _connect(sock: socket.socket, address: Any) -> None:
+    if _begin_connect(sock, address):
+        await trio.lowlevel.wait_writable(sock)
+    _end_connect(sock)
 
 
 def _is_decided(sock: socket.socket) -> bool:
@@ -272,7 +303,7 @@ async def accept_from(
     listener: socket.socket,
     handle: Callable[[socket.socket], None],
     *,
-    room: Callable[[], Awaitable[None] | None] = lambda: None,
+    room: Callable[[], Callable[[], Awaitable[None]] | None] = lambda: None,
     options: SocketOptions | None = None,
 ) -> None:
     """Accept connections until cancelled. What goes wrong with one, or with all for a while, does not end it.
@@ -280,35 +311,90 @@ async def accept_from(
     Args:
         listener: non-blocking.
         handle: gets each connection, non-blocking and with TCP_NODELAY; must not raise or wait.
-        room: asked before each accept; None to go on, otherwise awaited and asked again.
+        room: asked before each accept; None to go on, otherwise what it returns is called and awaited, and it is asked
+            again.
         options: keep-alive and user time-out of what is accepted; no keep-alive unless given.
     """
     tune = (options or _ACCEPTED).tune
     if _INHERITED:
         tune(listener)  # once more: it may come from elsewhere
-    told = -math.inf
-    while True:
-        waiting = room()
-        if waiting is not None:
-            await waiting
-            continue
-        try:
-            sock, _ = listener.accept()
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(listener)
-            continue
-        except OSError as exc:
-            # A connection that died in the queue, or no file descriptors left: that may be so for long.
-            if trio.current_time() - told >= _TELL_EVERY:
-                told = trio.current_time()
-                _log.warning("accepting a connection failed: %s", exc)
-            await trio.sleep(0.05)
-            continue
-        sock.setblocking(False)
-        try:
-            if not _INHERITED:
-                tune(sock)
-        except OSError:  # it has gone, which some systems say here
-            sock.close()
-            continue
-        handle(sock)
+    await _Acceptor(listener, handle, room, tune).run()
+
+
+class _Acceptor:
+    """Accepts in calls of the hub; its task sleeps, and waits for what must be waited for."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        handle: Callable[[socket.socket], None],
+        room: Callable[[], Callable[[], Awaitable[None]] | None],
+        tune: Callable[[socket.socket], None],
+    ) -> None:
+        self._listener = listener
+        self._handle = handle
+        self._room = room
+        self._tune = tune
+        self._told = -math.inf
+        self._task: trio.lowlevel.Task | None = None
+        self._error: Exception | None = None
+
+    async def run(self) -> None:
+        hub, fd = shared_hub(), self._listener.fileno()
+        while self._error is None:
+            wait = self._accept()
+            if wait is not None:
+                await wait()
+                continue
+            self._task = trio.lowlevel.current_task()
+            hub.add(fd, self, READABLE)
+            try:
+                await trio.lowlevel.wait_task_rescheduled(self._abort)
+            finally:
+                hub.remove(fd)
+        raise self._error
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _wake(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    def io_ready(self, what: int) -> None:
+        """See `Watcher`."""
+        if self._task is not None and self._accept() is not None:
+            self._wake()
+
+    def io_failed(self, error: Exception) -> None:
+        """See `Watcher`."""
+        self._error = error
+        self._wake()
+
+    def _accept(self) -> Callable[[], Awaitable[None]] | None:
+        """Accept who is there. Returns what is to be waited for before there can be another."""
+        for _ in range(_AT_ONCE):
+            wait = self._room()
+            if wait is not None:
+                return wait
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as exc:
+                # A connection that died in the queue, or no file descriptors left: that may be so for long.
+                if trio.current_time() - self._told >= _TELL_EVERY:
+                    self._told = trio.current_time()
+                    _log.warning("accepting a connection failed: %s", exc)
+                return partial(trio.sleep, _RETRY)
+            sock.setblocking(False)
+            try:
+                if not _INHERITED:
+                    self._tune(sock)
+            except OSError:  # it has gone, which some systems say here
+                sock.close()
+                continue
+            self._handle(sock)
+        return None

@@ -23,6 +23,7 @@ import trio.testing
 from support.tcp import connected_pair, receive_all
 
 from hbone.transport import PlainRelay, RelayResult, _ends, _splice, relay_sockets
+from hbone.transport._hub import shared_hub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -122,8 +123,8 @@ async def fill(between: Bridge, stream: trio.SocketStream) -> int:
         await trio.lowlevel.checkpoint()
 
 
-def mover() -> _splice.Mover:
-    return _splice._shared_mover()
+def pipes() -> _splice.Pipes:
+    return _splice._get_shared().pipes
 
 
 def open_files() -> int:
@@ -337,7 +338,7 @@ async def test_a_break_is_noticed_while_the_sink_is_full(way: str, breaks: str) 
 
 
 async def test_a_relay_waits_in_peace_when_one_has_ended_both_ways() -> None:
-    """The kernel reports such a socket for ever; the mover must not spin, and the bytes must still arrive."""
+    """The kernel reports such a socket for ever; the hub must not spin, and the bytes must still arrive."""
     async with bridge() as between:
         for sock in (between.socks[1], between.b.socket):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)
@@ -354,7 +355,7 @@ async def test_a_relay_waits_in_peace_when_one_has_ended_both_ways() -> None:
         await between.a.send_eof()
         # All that a sent, and its end, are with the relay's kernel.
         await until(lambda: _ends._unsent(between.a.socket._sock) == 0)
-        await trio.testing.wait_all_tasks_blocked(0.01)  # never, if the mover spins
+        await trio.testing.wait_all_tasks_blocked(0.01)  # never, if it spins
         assert between.relay.buffered
         assert len(await receive_all(between.b)) == sent
         assert (await between.result()).error is None
@@ -373,7 +374,7 @@ async def test_there_are_only_so_many_pipes(monkeypatch: pytest.MonkeyPatch) -> 
         async with trio.open_nursery() as filling:
             for between in relays:
                 filling.start_soon(stall, between)
-        assert mover().pipes <= 2
+        assert pipes().count <= 2
 
         async def finish(between: Bridge) -> None:
             await between.a.send_eof()
@@ -384,7 +385,7 @@ async def test_there_are_only_so_many_pipes(monkeypatch: pytest.MonkeyPatch) -> 
         async with trio.open_nursery() as ending:
             for between in relays:
                 ending.start_soon(finish, between)
-        assert mover().pipes <= 1
+        assert pipes().count <= 1
 
 
 async def test_without_descriptors_for_a_pipe_it_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +396,7 @@ async def test_without_descriptors_for_a_pipe_it_copies(monkeypatch: pytest.Monk
     async with bridge() as between, trio.open_nursery() as nursery:
         nursery.start_soon(between.a.send_all, UP * 4)
         assert await receive_exactly(between.b, len(UP) * 4) == UP * 4
-        assert mover().pipes == 0
+        assert pipes().count == 0
 
 
 async def test_what_cannot_be_spliced_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,16 +439,16 @@ async def test_nothing_is_left_behind() -> None:
     await one("ends")
     await trio.testing.wait_all_tasks_blocked()
     gc.collect()  # of tests before
-    files, tasks = open_files() - 2 * mover().pipes, trio.lowlevel.current_statistics().tasks_living
+    files, tasks = open_files() - 2 * pipes().count, trio.lowlevel.current_statistics().tasks_living
     for how in ("ends", "breaks", "cancelled") * 2:
         await one(how)
         await trio.testing.wait_all_tasks_blocked()
-        assert (open_files() - 2 * mover().pipes, trio.lowlevel.current_statistics().tasks_living) == (files, tasks)
-        assert mover().pipes == len(mover()._spare) <= _splice._SPARE_PIPES
-        assert not mover()._ends
+        assert (open_files() - 2 * pipes().count, trio.lowlevel.current_statistics().tasks_living) == (files, tasks)
+        assert pipes().count == len(pipes()._spare) <= _splice._SPARE_PIPES
+        assert len(shared_hub()._watchers) <= 1  # trio's own
 
 
-def test_nothing_is_left_behind_of_the_mover() -> None:
+def test_nothing_is_left_behind_of_the_pipes() -> None:
     async def work() -> None:
         async with bridge() as between, trio.open_nursery() as nursery:
             nursery.start_soon(between.a.send_all, UP)
@@ -476,7 +477,7 @@ async def test_a_cancelled_relay_resets_both_ends_at_once(held: bool) -> None:
                 await until(lambda: [sock.fileno() for sock in between.socks] == [-1, -1])
                 await expect_reset(between.a)
                 await expect_reset(between.b)
-    assert mover().pipes == len(mover()._spare)
+    assert pipes().count == len(pipes()._spare)
 
 
 async def test_a_relay_that_is_cancelled_before_it_began_closes_its_sockets() -> None:

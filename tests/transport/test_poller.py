@@ -15,7 +15,7 @@ from support.pairs import memory_pair
 from support.tcp import connected_pair, receive_all
 
 from hbone import relay
-from hbone.transport import _poller, _relay
+from hbone.transport import _hub, _poller
 from hbone.transport._poller import READABLE, WRITABLE
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def test_a_socket_that_breaks_is_told_whatever_is_wanted() -> None:
 
 
 async def test_relays_run_on_it(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_relay, "Poller", kind)
+    monkeypatch.setattr(_hub, "Poller", kind)
+    monkeypatch.setattr(_hub, "_beside_trio", lambda _: None)
     async with memory_pair() as pair, trio.open_nursery() as nursery:
         near, far = await pair.open()
         app, sock = connected_pair()
