@@ -357,6 +357,7 @@ class Link:
         if tunnel.stream.open:
             # RFC 9113 section 8.5: any error of the TCP connection is a stream error of type CONNECT_ERROR.
             reason = reset_by_us(f"the relayed connection broke: {exc.strerror or exc}", ErrorCode.CONNECT_ERROR)
+            reason.__cause__ = self.error
             tunnel.session.reset(tunnel, ErrorCode.CONNECT_ERROR, reason)
         self._finish()
 

@@ -918,6 +918,21 @@ async def test_a_tunnel_to_a_tunnel_and_a_stream_to_a_stream() -> None:
         assert (middle_in.statistics().open, middle_out.statistics().open) == (False, False)
 
 
+async def test_what_broke_is_the_cause_of_the_reset() -> None:
+    """So that who tells of it can tell an application that resets from a network that fails."""
+    async with memory_pair() as pair, trio.open_nursery() as nursery:
+        near, far = await pair.open()
+        app, sock = connected_pair()
+        nursery.start_soon(relay, sock, near)
+        await app.send_all(b"half")
+        assert await far.receive_some() == b"half"
+        reset(app)
+        with pytest.raises(trio.BrokenResourceError):
+            await far.receive_some()
+        assert isinstance(near.reset_error, TunnelReset)
+        assert isinstance(near.reset_error.__cause__, ConnectionResetError)
+
+
 @pytest.mark.wire("W-RST-3")
 async def test_a_reset_goes_through_a_chain_of_tunnels() -> None:
     async with memory_pair() as one, memory_pair() as two, trio.open_nursery() as nursery:
