@@ -552,7 +552,7 @@ async def test_whatever_state_a_tunnel_is_in(ca: LocalCA, when: str, stalled: bo
             await it.far.context.connections.settled()
             await until(lambda: not it.far.context.connections.inbound)
             # The direction that had ended well has ended well; the other one shows it.
-            use = tunnel.send_all(HELLO) if when == "half closed by the application" else tunnel.receive_some()
+            use = send_on(tunnel) if when == "half closed by the application" else tunnel.receive_some()
             with pytest.raises(trio.BrokenResourceError) as caught:
                 await use
             assert isinstance(caught.value.__cause__, TunnelReset)
