@@ -12,7 +12,8 @@ Three parts share the work (docs/design/decisions.md says why):
   what may come next. It is shown neither whole requests, because it ends the connection on things that must cost one
   stream (a malformed CONNECT, an excess stream, a trailer, a content-length), nor GOAWAY (it would close all live
   tunnels), nor DATA and WINDOW_UPDATE (five times slower than here).
-* **hpack decodes header blocks**, each one exactly once and in order, even those of streams that are gone.
+* **hpack decodes header blocks**, each exactly once and in order, even those of streams that are gone. Two kinds are not
+  shown to it, as they leave its table alone: the same answer again, and a request of nothing but plain literals.
 
 Time is an argument: `now` is any clock in seconds that does not go back; `next_deadline` and `on_deadline` are all
 there is to keep-alive and to unanswered requests.
@@ -46,6 +47,7 @@ from hbone.protocol._frames import (
     Flag,
     FrameType,
     Setting,
+    decode_header_block,
     encode_header_block,
     frame,
     frame_header,
@@ -792,10 +794,16 @@ class Engine:
 
     def _header_block(self, now: float, events: list[ev.Event]) -> None:
         block, self._block = bytes(self._block or b""), None
-        known, headers_of_known = self._answer_block
-        if block == known and not self._decoder.header_table.dynamic_entries:
-            self._response(self._block_stream, list(headers_of_known), now, events)
-            return
+        if self._client:
+            known, headers_of_known = self._answer_block
+            if block == known and not self._decoder.header_table.dynamic_entries:
+                self._response(self._block_stream, list(headers_of_known), now, events)
+                return
+        else:
+            simple = decode_header_block(block)
+            if simple is not None:
+                self._request(self._block_stream, simple, now, events)
+                return
         try:
             headers = self._decoder.decode(block, raw=True)
         except hpack.exceptions.OversizedHeaderListError:

@@ -295,6 +295,9 @@ def _first(headers: Headers, name: bytes) -> bytes | None:
     return None
 
 
+_USUAL: Final = frozenset((b"baggage", b"forwarded", b"traceparent"))
+
+
 def _local_headers(headers: Iterable[tuple[str | bytes, str | bytes]]) -> Headers:
     """Check fields that our own user wants to send; names are lower-cased.
 
@@ -303,6 +306,10 @@ def _local_headers(headers: Iterable[tuple[str | bytes, str | bytes]]) -> Header
     """
     checked = []
     for raw_name, raw_value in headers:
+        # What a proxy sends with each connection; only a value can be wrong.
+        if isinstance(raw_name, bytes) and raw_name in _USUAL and isinstance(raw_value, bytes) and _is_value(raw_value):
+            checked.append((raw_name, raw_value))
+            continue
         try:
             name = (raw_name.encode("ascii") if isinstance(raw_name, str) else bytes(raw_name)).lower()
             value = raw_value.encode("ascii") if isinstance(raw_value, str) else bytes(raw_value)

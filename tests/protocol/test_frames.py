@@ -13,6 +13,7 @@ from hbone.protocol import Engine, ErrorCode
 from hbone.protocol._frames import (
     Flag,
     FrameType,
+    decode_header_block,
     encode_header_block,
     frame,
     frame_header,
@@ -66,6 +67,53 @@ def test_header_blocks_are_read_by_hpack(headers: list[tuple[bytes, bytes]], lar
     assert [kind for kind, _ in kinds] == [Kind.HEADERS] + [Kind.CONTINUATION] * (len(kinds) - 1)
     assert bool(kinds[0][1] & frames.END_STREAM) is end
     assert [bool(flags & frames.END_HEADERS) for _, flags in kinds] == [False] * (len(kinds) - 1) + [True]
+
+
+lengths = st.sampled_from([0, 1, 126, 127, 128, 254, 255, 256, 16_383, 16_384, 16_510, 16_511, 20_000])
+
+
+@given(st.lists(st.tuples(st.sampled_from([b":method", b":authority", b"baggage", b"x"]), lengths), max_size=5))
+def test_header_blocks_of_our_own_are_read_without_hpack(sizes: list[tuple[bytes, int]]) -> None:
+    fields = [(name, bytes(range(33, 127)) * 300) for name, _ in sizes]
+    fields = [(name, value[:size]) for (name, value), (_, size) in zip(fields, sizes, strict=True)]
+    read = decode_header_block(encode_header_block(fields))
+    assert read == (fields if all(size < 16_511 for _, size in sizes) else None)
+
+
+# Indexed fields, table sizes, literals of every kind, lengths of one byte and more, Huffman code.
+pieces = st.one_of(
+    st.sampled_from(
+        [b"\x00", b"\x01", b"\x02", b"\x08", b"\x03", b"\x10", b"\x0f\x2f", b"\x40", b"\x82", b"\x20", b"\x3f\xe1\x1f"]
+    ),
+    st.sampled_from(
+        [b"\x00", b"\x03abc", b"\x7e" + b"v" * 126, b"\x7f\x00" + b"v" * 127, b"\x7f\x81\x01" + b"v" * 256]
+    ),
+    st.sampled_from([b"\x82\xe3\x31", b"\xff\x00", b"\x7f\xff\xff\x7f", b"\x7f\x80", b"\x05ab"]),
+    st.binary(max_size=4),
+)
+
+
+@given(st.lists(pieces, max_size=12).map(b"".join))
+def test_what_is_read_without_hpack_is_what_hpack_reads(block: bytes) -> None:
+    read = decode_header_block(block)
+    if read is None:
+        return
+    decoder = hpack.Decoder(max_header_list_size=2**20)
+    assert decoder.decode(block, raw=True) == read
+    assert not decoder.header_table.dynamic_entries
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_a_cut_header_block_is_for_hpack(cut: int) -> None:
+    block = encode_header_block([(b":method", b"CONNECT"), (b"name", b"v" * 130)])
+    whole = [encode_header_block([(b":method", b"CONNECT")])]
+    if block[:-cut] not in whole:
+        assert decode_header_block(block[:-cut]) is None
+
+
+def test_many_fields_are_for_hpack() -> None:
+    assert decode_header_block(encode_header_block([(b"", b"")] * 64)) == [(b"", b"")] * 64
+    assert decode_header_block(encode_header_block([(b"", b"")] * 65)) is None
 
 
 @pytest.mark.wire("W-ERR-2")
