@@ -47,8 +47,11 @@ class Authority:
     port: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "host", _canonical_host(self.host))
-        _check_port(self.port, lowest=1)
+        host = _canonical_host(self.host)
+        if host is not self.host:
+            object.__setattr__(self, "host", host)
+        if not 1 <= self.port <= MAX_PORT:
+            raise _bad_port(self.port, lowest=1)
 
     @classmethod
     def parse(cls, text: str) -> Authority:
@@ -105,8 +108,10 @@ class Endpoint:
     port: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ip", _unmapped(self.ip))
-        _check_port(self.port, lowest=0)
+        if self.ip.version == 6:
+            object.__setattr__(self, "ip", _unmapped(self.ip))
+        if not 0 <= self.port <= MAX_PORT:
+            raise _bad_port(self.port, lowest=0)
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
@@ -221,9 +226,8 @@ def _unmapped(ip: IPAddress) -> IPAddress:
     return ip
 
 
-def _check_port(port: int, *, lowest: int) -> None:
-    if not lowest <= port <= MAX_PORT:
-        raise InvalidAddress(f"the port {port} is not between {lowest} and {MAX_PORT}")
+def _bad_port(port: int, *, lowest: int) -> InvalidAddress:
+    return InvalidAddress(f"the port {port} is not between {lowest} and {MAX_PORT}")
 
 
 def _shown(text: str) -> str:

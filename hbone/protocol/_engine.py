@@ -12,8 +12,8 @@ Three parts share the work (docs/design/decisions.md says why):
   what may come next. It is shown neither whole requests, because it ends the connection on things that must cost one
   stream (a malformed CONNECT, an excess stream, a trailer, a content-length), nor GOAWAY (it would close all live
   tunnels), nor DATA and WINDOW_UPDATE (five times slower than here).
-* **hpack decodes header blocks**, each exactly once and in order, even those of streams that are gone. Two kinds are not
-  shown to it, as they leave its table alone: the same answer again, and a request of nothing but plain literals.
+* **hpack decodes header blocks**, each exactly once and in order, even those of streams that are gone. Two kinds are
+  not shown to it: they leave its table alone. The same answer again, and a request of nothing but plain literals.
 
 Time is an argument: `now` is any clock in seconds that does not go back; `next_deadline` and `on_deadline` are all
 there is to keep-alive and to unanswered requests.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -149,8 +150,8 @@ def headers_frames(stream_id: int, block: bytes, max_frame_size: int, *, end_str
 
 
 # RFC 7541 appendix A: what of the static table a CONNECT and its answer use.
-_STATIC_FIELD = {(b":status", b"200"): b"\x88"}
-_STATIC_NAME = {b":authority": 1, b":method": 2, b":status": 8}
+_STATIC_FIELD: Final = {(b":status", b"200"): b"\x88", (b":method", b"CONNECT"): b"\x02\x07CONNECT"}
+_STATIC_NAME: Final = {b":authority": 1, b":method": 2, b":status": 8}
 
 
 def _integer(value: int, prefix_bits: int) -> bytes:
@@ -175,16 +176,22 @@ def encode_header_block(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     save 160 to 180 bytes a tunnel.
     """
     out = []
-    for name, value in headers:
-        known = _STATIC_FIELD.get((name, value))
-        if known:
+    for field in headers:
+        known = _STATIC_FIELD.get(field)
+        if known is not None:
             out.append(known)
             continue
-        index = _STATIC_NAME.get(name)
-        out.append(bytes((index,)) if index else b"\x00" + _integer(len(name), 7) + name)
+        name, value = field
+        out.append(_literal_name(name))
         out.append(_integer(len(value), 7))
         out.append(value)
     return b"".join(out)
+
+
+@lru_cache(maxsize=64)
+def _literal_name(name: bytes) -> bytes:
+    index = _STATIC_NAME.get(name)
+    return bytes((index,)) if index else b"\x00" + _integer(len(name), 7) + name
 
 
 #: Fields of a block that `decode_header_block` reads; more are for a decoder that bounds their size.

@@ -68,6 +68,10 @@ class Svid:
     chain: tuple[x509.Certificate, ...]
     private_key: PrivateKey = field(repr=False)
     bundles: Mapping[TrustDomain, tuple[x509.Certificate, ...]]
+    _not_after: datetime = field(init=False, repr=False, compare=False)  # asked for with each connection
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_not_after", min(certificate.not_valid_after_utc for certificate in self.chain))
 
     @classmethod
     def from_files(
@@ -134,7 +138,7 @@ class Svid:
     @property
     def not_after(self) -> datetime:
         """Until when the whole chain is valid (UTC)."""
-        return min(certificate.not_valid_after_utc for certificate in self.chain)
+        return self._not_after
 
     def __repr__(self) -> str:
         return f"<Svid {self.identity} until {self.not_after:%Y-%m-%dT%H:%M:%SZ}>"

@@ -111,7 +111,7 @@ class _TLS:
         why = explain_tls_error(exc)
         return ConnectFailed(f"TLS handshake failed: {why}")
 
-    def _read(self, buffer: memoryview) -> int:
+    def read_into(self, buffer: memoryview) -> int:
         """Read records until nothing is left or the buffer is full."""
         if self._failure is not None:
             raise self._failure
@@ -126,7 +126,8 @@ class _TLS:
             raise self._failure from error
         return got
 
-    def _write(self, data: memoryview | bytes | bytearray) -> int:
+    def write(self, data: memoryview | bytes | bytearray) -> int:
+        """See `Carrier`."""
         try:
             # One record a call: OpenSSL is in partial write mode, so that what it did not take can be kept elsewhere.
             return write_records(self.connection, memoryview(data))
@@ -182,17 +183,11 @@ class SocketCarrier(_TLS):
         except OSError:
             pass  # it is gone already
 
-    def read_into(self, buffer: memoryview) -> int:
-        return self._read(buffer)
-
     async def wait_readable(self) -> None:
         if self._at_end:
             await trio.lowlevel.checkpoint()
             return
         await trio.lowlevel.wait_readable(self._sock)
-
-    def write(self, data: memoryview | bytes | bytearray) -> int:
-        return self._write(data)
 
     async def wait_writable(self) -> None:
         await trio.lowlevel.wait_writable(self._sock)
@@ -278,7 +273,7 @@ class StreamCarrier(_TLS):
             self.connection.bio_shutdown()
 
     def read_into(self, buffer: memoryview) -> int:
-        got = self._read(buffer)
+        got = super().read_into(buffer)
         self._collect()  # reading can make TLS answer: a KeyUpdate
         return got
 
@@ -295,7 +290,7 @@ class StreamCarrier(_TLS):
     def write(self, data: memoryview | bytes | bytearray) -> int:
         if len(self._ciphertext) >= _MAX_CIPHERTEXT:
             return 0
-        done = self._write(memoryview(data)[:_MAX_CIPHERTEXT])
+        done = super().write(memoryview(data)[:_MAX_CIPHERTEXT])
         self._collect()
         return done
 

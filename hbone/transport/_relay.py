@@ -145,8 +145,8 @@ class Link:
             self.feed_eof()
         if not tunnel.stream.open:
             self.tunnel_ended(tunnel.reset_error)
-        if self._watched and not self._done and self._interest & READABLE and not tunnel.session.congested:
-            self._read()  # whoever asked for a tunnel has mostly written into it already: do not wait for the poller
+        if tunnel.session.client and self._watched and not self._done and self._interest & READABLE:
+            self._read()  # whoever asked for a tunnel has mostly written into it already: do not wait for the hub
         tunnel.session.flush()
 
     async def wait(self) -> None:
@@ -407,17 +407,17 @@ async def relay(downstream: _End, upstream: _End) -> RelayResult:
     Returns:
         How it ended; a broken end is reported in there, not raised.
     """
-    if isinstance(upstream, Tunnel) and not isinstance(downstream, Tunnel):
+    if isinstance(upstream, Tunnel):
         sock = _plain_socket(downstream)
         if sock is not None:
             link = await _relay_socket(upstream, sock)
             return RelayResult(bytes_up=link.from_socket, bytes_down=link.to_socket, error=link.error)
-    if isinstance(downstream, Tunnel) and not isinstance(upstream, Tunnel):
+    elif isinstance(downstream, Tunnel):
         sock = _plain_socket(upstream)
         if sock is not None:
             link = await _relay_socket(downstream, sock)
             return RelayResult(bytes_up=link.to_socket, bytes_down=link.from_socket, error=link.error)
-    if isinstance(downstream, _SOCKETS) and isinstance(upstream, _SOCKETS):
+    elif isinstance(downstream, _SOCKETS) and isinstance(upstream, _SOCKETS):
         socks = _plain_socket(downstream), _plain_socket(upstream)
         assert socks[0] is not None
         assert socks[1] is not None

@@ -473,9 +473,10 @@ class Session:
 
     def flush(self) -> None:
         """Write what the engine has queued. Does not wait."""
-        if self.engine.has_data_to_send:
-            self._write(self.engine.data_to_send())
-        elif self._carrier.needs_flush:
+        out = self.engine.data_to_send()
+        if out:
+            self._write(out)
+        elif self._fd < 0 and self._carrier.needs_flush:
             self._start_drain()
 
     def send_payload(self, stream_id: int, buffer: bytearray, view: memoryview, length: int) -> None:
@@ -536,7 +537,7 @@ class Session:
         if done < len(data):
             self._unsent += memoryview(data)[done:]
             self._start_drain()
-        elif self._carrier.needs_flush:
+        elif self._fd < 0 and self._carrier.needs_flush:
             self._start_drain()
 
     def _start_drain(self) -> None:
