@@ -276,13 +276,23 @@ class Link:
         _log.error("a relay failed", exc_info=error)
         self._socket_failed(OSError(0, f"the relay failed: {error!r}"))
 
-    def _read(self) -> None:
+    def go_on(self) -> None:
+        """The network takes more again, and it is our turn: there is probably something to read."""
+        if not self._done and not self.read_ended and self._read():
+            session = self._tunnel.session
+            if session.congested:
+                session.muted[self] = None  # without being told in between: that would be two system calls
+            else:
+                self._want(self._interest | READABLE)
+
+    def _read(self) -> bool:
+        """Read once. Returns whether to go on when there is more."""
         tunnel = self._tunnel
         session, stream = tunnel.session, tunnel.stream
         if session.congested:
             self._want(self._interest & ~READABLE)
             session.muted[self] = None
-            return
+            return False
         engine = session.engine
         credit = min(stream.send_window, engine.send_window)
         if session.credit_queue and credit > _COPY_SIZE // 4:
@@ -291,15 +301,15 @@ class Link:
             if engine.send_window <= 0 and tunnel not in session.credit_queue:
                 session.credit_queue.append(tunnel)
             self._want(self._interest & ~READABLE)
-            return
+            return False
         try:
             buffer = self._buffer
             count = self._sock.recv_into(buffer.view[FRAME_HEADER_SIZE : FRAME_HEADER_SIZE + min(credit, _READ_SIZE)])
         except BlockingIOError:
-            return
+            return True
         except OSError as exc:
             self._socket_failed(exc)
-            return
+            return False
         if count:
             engine.take_credit(stream, count)
             self.from_socket += count
@@ -309,11 +319,12 @@ class Link:
                 self._hub.flush_later(session)
             else:
                 session.send_payload(stream.id, buffer.bytes, buffer.view, count)
-            return
+            return True
         self.read_ended = True
         self._want(self._interest & ~READABLE)
         tunnel.end()
         self._maybe_finish()
+        return False
 
     def credit_came(self) -> None:
         """A window opened."""

@@ -157,7 +157,7 @@ class Session:
         self._last_step = _Step.ENDED
         self._crash: Exception | None = None
         self.muted: dict[Link, None] = {}
-        """Relays that do not read, because the network does not take what was sent before."""
+        """Relays that do not read, as the network does not take what was sent before; who is first goes on first."""
         self.credit_queue: deque[Tunnel] = deque()
         """Tunnels that wait for credit of the session's window, first come, first served."""
 
@@ -557,8 +557,8 @@ class Session:
         except SessionClosed as exc:
             self._write_failed(exc)
         if not self._unsent:
-            self._watch(WRITABLE, False)
             self._drained()
+            self._watch(WRITABLE, self._draining_unsent)
 
     async def _drain_unsent(self) -> None:
         """The same for a carrier without a socket."""
@@ -577,10 +577,11 @@ class Session:
     def _drained(self) -> None:
         self._draining_unsent = False
         self._uncongested.unpark_all()
-        if self.muted:
-            muted, self.muted = self.muted, {}
-            for link in muted:
-                link.credit_came()
+        while self.muted and not self._unsent:
+            link = next(iter(self.muted))
+            del self.muted[link]
+            link.go_on()
+        self.flush()
 
     async def wait_uncongested(self) -> None:
         """Wait until all that was written is on its way, or never will be. A checkpoint only if it waits."""
