@@ -259,8 +259,8 @@ class HBONEClient:
     ) -> AsyncIterator[HBONEClient]:
         """Open a session over any trio stream: a tunnel of another session (double HBONE), or memory in a test.
 
-        The stream belongs to the session from now on and is closed with it. Arguments, errors and the end are those
-        of `connect`.
+        The stream belongs to the session from now on and is closed with it, also when this fails; only an `expect` that
+        is none (`InvalidIdentity`) leaves it to you. Arguments, errors and the end are those of `connect`.
         """
         policy = expected_peers(expect, svid)
         async with background_tasks() as nursery:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import queue
 import socket
@@ -331,6 +332,7 @@ def test_the_end_of_the_run_is_the_end_of_the_hub() -> None:
     trio.run(main)
     left[1].close()
     left.clear()
+    gc.collect()  # of tests before, too
     before = files()
     trio.run(main)
     hub, one, told = left

@@ -11,6 +11,7 @@ import gc
 import os
 import socket
 import struct
+import time
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -725,6 +726,9 @@ def test_nothing_is_unsent_once_the_connection_is_reset() -> None:
                 sock.send(bytes(100_000))
         assert _ends._unsent(sock) > 0
         _ends.reset_socket(application)
+        deadline = time.monotonic() + WAIT
+        while _ends._unsent(sock) and time.monotonic() < deadline:
+            time.sleep(0.001)
         assert _ends._unsent(sock) == 0
 
 
