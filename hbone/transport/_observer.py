@@ -15,7 +15,10 @@ __all__ = ["BaseObserver", "Observer"]
 
 
 class Observer(Protocol):
-    """What a session tells. Calls come from the trio thread, must not block, and what they raise is only logged."""
+    """What a session tells. Calls come in trio's thread, must not block, and what they raise is only logged.
+
+    Most come outside of any task: there is no current one, and context variables are nobody's in particular.
+    """
 
     def handshake_finished(self, *, client: bool, seconds: float, peer: Peer | None, error: HboneError | None) -> None:
         """A session was opened, or was not: `error` then says why, and `peer` is None."""

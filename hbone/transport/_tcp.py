@@ -310,7 +310,8 @@ async def accept_from(
 
     Args:
         listener: non-blocking.
-        handle: gets each connection, non-blocking and with TCP_NODELAY; must not raise or wait.
+        handle: gets each connection, non-blocking and with TCP_NODELAY; must not raise or wait. Called outside of any
+            task.
         room: asked before each accept; None to go on, otherwise what it returns is called and awaited, and it is asked
             again.
         options: keep-alive and user time-out of what is accepted; no keep-alive unless given.
