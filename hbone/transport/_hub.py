@@ -70,25 +70,38 @@ class Hub:
         self.at_end: list[Callable[[], None]] = []
         """Called when the run ends."""
         self._beside_trio = _beside_trio(self)
+        self._as_a_task = trio.Event()
         if self._beside_trio is not None:
             trio.lowlevel.add_instrument(self._beside_trio)
+        else:
+            self._as_a_task.set()
 
     async def run(self) -> None:
         """Until cancelled."""
         try:
-            while self._beside_trio is None:
+            await self._as_a_task.wait()
+            while True:
                 await trio.lowlevel.wait_readable(self._poller)
                 self.dispatch(self.poll())
-            await trio.sleep_forever()
         finally:
             self._ended = True  # who ends later than this lets go of its socket in vain
-            if self._beside_trio is not None:
-                trio.lowlevel.remove_instrument(self._beside_trio)
-            else:
-                trio.lowlevel.notify_closing(self._poller)
+            self._leave_trio_alone()
+            trio.lowlevel.notify_closing(self._poller)
             self._poller.close()
             for callback in self.at_end:
                 callback()
+
+    def fall_back(self) -> None:
+        """Waiting in trio's place has failed: go on as a task."""
+        self._leave_trio_alone()
+        self._as_a_task.set()
+
+    def _leave_trio_alone(self) -> None:
+        beside, self._beside_trio = self._beside_trio, None
+        if beside is not None:
+            trio.lowlevel.remove_instrument(beside)
+            self._watchers.pop(beside.fd)
+            self._poller.remove(beside.fd)
 
     def add(self, fd: int, watcher: Watcher, interest: int) -> None:
         """Tell `watcher` of this file descriptor from now on; of its breaking also without any interest."""
@@ -151,7 +164,8 @@ class _BesideTrio(trio.abc.Instrument):
         self._hub = hub
         self._runner = runner
         self._trio_ready = False
-        hub.add(runner.io_manager._epoll.fileno(), self, READABLE)  # noqa: SLF001
+        self.fd: int = runner.io_manager._epoll.fileno()  # noqa: SLF001
+        hub.add(self.fd, self, READABLE)
 
     def io_ready(self, what: int) -> None:
         """There is something in trio's epoll."""
@@ -161,10 +175,15 @@ class _BesideTrio(trio.abc.Instrument):
         """Never: `io_ready` does not fail."""
 
     def before_io_wait(self, timeout: float) -> None:
-        """When trio is about to look at its epoll, or to wait for it `timeout` seconds: wait here in its place.
+        """When trio is about to look at its epoll, or to wait for it `timeout` seconds: wait here in its place."""
+        try:
+            self._wait(timeout)
+        except Exception:  # noqa: BLE001 - trio would switch us off, and nobody would be told of anything any more
+            _log.exception("waiting beside trio failed; bytes go the slower way from now on")
+            self._hub.fall_back()
 
-        Whatever it is that ends the waiting here, trio's own must not begin: `force_wakeup` sees to that.
-        """
+    def _wait(self, timeout: float) -> None:
+        """Whatever it is that ends the waiting here, trio's own must not begin: `force_wakeup` sees to that."""
         hub, runner = self._hub, self._runner
         if runner.runq:  # trio only looks
             hub.dispatch(hub.poll())

@@ -117,6 +117,22 @@ async def test_another_trio(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert hub is shared_hub()
 
 
+async def test_a_trio_that_is_not_as_it_seemed(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has all the names, and something is amiss with one: the rest of the run goes the other way."""
+    hub = shared_hub()
+    if hub._beside_trio is not None:
+        monkeypatch.setattr(hub._beside_trio, "_runner", None)
+    with ear() as one:
+        for data in (b"a", b"b", b"c"):
+            one.other.send(data)
+            await one.until(lambda: one.heard[-1:] == [data])  # noqa: B023 - waited for here
+    assert hub._beside_trio is None
+    assert ("slower way" in caplog.text) == (how == "in trio's place")
+    caplog.clear()
+
+
 async def test_who_is_told() -> None:
     with ear() as one, ear() as two:
         one.other.send(b"a")

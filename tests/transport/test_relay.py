@@ -361,6 +361,7 @@ async def test_uploads_take_turns_while_the_network_is_slow() -> None:
         for _ in range(6):
             tunnel, sink = await pair.open()
             app, sock = connected_pair()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # or the kernel gives some much more room
             apps.append(app)
             sinks.append(sink)
             nursery.start_soon(relay, sock, tunnel)
@@ -379,7 +380,7 @@ async def test_uploads_take_turns_while_the_network_is_slow() -> None:
         nursery.cancel_scope.cancel()
         near.send_stream.send_all_hook = None
         sent = sorted(tunnel.statistics().bytes_sent for tunnel in pair.near_session.tunnels)
-    assert sent[0] * 4 > sent[-1] > 0, sent
+    assert sent[0] * 2 > sent[-1] > 0, sent
     for app in apps:
         await trio.aclose_forcefully(app)
 
