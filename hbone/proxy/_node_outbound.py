@@ -510,8 +510,9 @@ class NodeOutbound:
         if not connection.attempts:  # it did not get as far: no address for a name, no far end of a tunnel in a tunnel
             self._count(connection, facts.labels)
         connection.end_count(error)
+        duration = trio.current_time() - connection.began
         if _log.isEnabledFor(logging.INFO):
-            self._tell(f"complete dur={(trio.current_time() - connection.began) * 1000:.3f}ms")
+            self._tell(f"complete dur={duration * 1000:.3f}ms")
         log = self._context.access_log
         if log is None:
             return
@@ -521,7 +522,7 @@ class NodeOutbound:
         if facts.pattern is None:
             facts.pattern = AccessPattern(self._record(connection, None))
         received, sent = connection.received_and_sent()
-        log.write_complete(facts.pattern, connection.source, received, sent, trio.current_time() - connection.began)
+        log.write_complete(facts.pattern, connection.source, received, sent, duration)
 
     @staticmethod
     def _record(
