@@ -14,7 +14,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -31,6 +31,7 @@ from hbone.routing import ILLEGAL_PORTS, Router, RoutingConfig
 from hbone.telemetry import AccessPattern, AccessRecord, LogLevel, Metrics
 from support.backends import own_loopback
 from support.meshes import service, workload
+from support.tcp import connected
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -404,42 +405,14 @@ class DataPlane:
 async def dial(endpoint: Endpoint, source: str | None = None) -> trio.SocketStream:
     """A TCP connection, from any address of this machine."""
     if source is None:
-        return await _connected(trio.socket.socket(), endpoint)
-    return await _connected(await _bound(source), endpoint)
+        return await connected(trio.socket.socket(), endpoint)
+    return await connected(await _bound(source), endpoint)
 
 
 async def _bound(source: str) -> trio.socket.SocketType:
     sock = trio.socket.socket()
     await sock.bind((source, 0))
     return sock
-
-
-async def _connected(sock: trio.socket.SocketType, endpoint: Endpoint) -> trio.SocketStream:
-    try:
-        await sock.connect((str(endpoint.ip), endpoint.port))
-    except ConnectionResetError:  # it stood, and was reset before we asked: the kernel tells that once
-        return cast("trio.SocketStream", _WasReset(sock))
-    except BaseException:
-        sock.close()
-        raise
-    return trio.SocketStream(sock)
-
-
-class _WasReset(trio.abc.HalfCloseableStream):
-    """A connection that was reset: who uses it is told now."""
-
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self.socket = sock
-
-    async def _broken(self, *_: object) -> NoReturn:
-        await trio.lowlevel.checkpoint()
-        raise trio.BrokenResourceError("it was reset while it was being made")
-
-    receive_some = send_all = send_eof = wait_send_all_might_not_block = _broken
-
-    async def aclose(self) -> None:
-        self.socket.close()
-        await trio.lowlevel.checkpoint()
 
 
 async def _receive(stream: trio.SocketStream, size: int) -> bytes:
@@ -713,7 +686,7 @@ class Captures:
         """A connection to `target` that ends up at `proxy`."""
         sock = await _bound(source)
         self._targets[sock.getsockname()] = Endpoint.parse(target)
-        return await _connected(sock, proxy)
+        return await connected(sock, proxy)
 
 
 # === metrics ===

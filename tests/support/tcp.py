@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import socket
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import trio
 
-__all__ = ["connected_pair", "receive_all", "receive_exactly"]
+if TYPE_CHECKING:
+    from hbone import Endpoint
+
+__all__ = ["connected", "connected_pair", "receive_all", "receive_exactly"]
 
 
 def connected_pair(host: str = "127.0.0.1") -> tuple[trio.SocketStream, socket.socket]:
@@ -24,6 +28,39 @@ def connected_pair(host: str = "127.0.0.1") -> tuple[trio.SocketStream, socket.s
     application.setblocking(False)
     accepted.setblocking(False)
     return trio.SocketStream(trio.socket.from_stdlib_socket(application)), accepted
+
+
+async def connected(sock: trio.socket.SocketType, endpoint: Endpoint) -> trio.SocketStream:
+    """Connect it; one that is reset while it is being made is given as one that is reset.
+
+    Raises:
+        OSError: nobody listens there, and all else that is no reset.
+    """
+    try:
+        await sock.connect((str(endpoint.ip), endpoint.port))
+    except ConnectionResetError:  # it stood, and was reset before we asked: the kernel tells that once
+        return cast("trio.SocketStream", _WasReset(sock))
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketStream(sock)
+
+
+class _WasReset(trio.abc.HalfCloseableStream):
+    """A connection that was reset: who uses it is told now."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self.socket = sock
+
+    async def _broken(self, *_: object) -> NoReturn:
+        await trio.lowlevel.checkpoint()
+        raise trio.BrokenResourceError("it was reset while it was being made")
+
+    receive_some = send_all = send_eof = wait_send_all_might_not_block = _broken
+
+    async def aclose(self) -> None:
+        self.socket.close()
+        await trio.lowlevel.checkpoint()
 
 
 async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:

@@ -198,7 +198,8 @@ async def test_a_flush_at_the_end_of_a_round() -> None:
     with ear(then=later) as first, ear(then=later) as second:
         first.other.send(b"a")
         second.other.send(b"a")
-        await first.until(lambda: first.heard and second.heard)
+        await first.until(lambda: first.heard)
+        await second.until(lambda: second.heard)
         await trio.testing.wait_all_tasks_blocked()
         assert first.flushed in (1, 2)  # in one round, or in one each
         assert flushed_when_told == ([0, 0] if first.flushed == 1 else [0, 1])

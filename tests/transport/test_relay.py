@@ -719,12 +719,13 @@ async def test_the_wait_for_a_slow_application_ends_with_it(monkeypatch: pytest.
 
 def test_nothing_is_unsent_once_the_connection_is_reset() -> None:
     """Linux goes on counting what it threw away then."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # the application's: it takes little
+        sock = socket.create_connection(listener.getsockname())
         application, _ = listener.accept()
+    with sock, application:
         sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                sock.send(bytes(100_000))
+        sock.send(bytes(1_000_000))
         assert _ends._unsent(sock) > 0
         _ends.reset_socket(application)
         deadline = time.monotonic() + WAIT

@@ -12,6 +12,7 @@ import random
 import socket
 import struct
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,14 +20,14 @@ import trio
 import trio.testing
 from support.certs import SERVER
 from support.pairs import SMALL, client_svid, server_svid
+from support.tcp import connected
 
-from hbone import Authority, FixedTarget, ForwardHandler, HBONEServer, Limits, PeerPolicy
+from hbone import Authority, Endpoint, FixedTarget, ForwardHandler, HBONEServer, Limits, PeerPolicy
 from hbone.proxy import InboundProxy, OutboundProxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from hbone import Endpoint
     from hbone.transport import TargetRule
 
 MIB = 2**20
@@ -316,7 +317,7 @@ async def test_a_cut_at_any_byte_is_never_an_early_end(direction: str, how: str)
         except trio.BrokenResourceError:
             end.broken = True  # the kernel tells of a reset once: who receives now reads an end
 
-    async def one_trial(trial: int, port: int, outbound: OutboundProxy, *, up: int, down: int) -> None:
+    async def one_trial(trial: int, outbound: OutboundProxy, *, up: int, down: int) -> None:
         far: list[End] = []
         over = trio.Event()
 
@@ -330,7 +331,7 @@ async def test_a_cut_at_any_byte_is_never_an_early_end(direction: str, how: str)
 
         with trio.fail_after(60):
             async with listening(application) as latest.port:
-                near = End(await trio.open_tcp_stream("127.0.0.1", port))
+                near = End(await connected(trio.socket.socket(), entrance))
                 async with near.stream, trio.open_nursery() as nursery:
                     nursery.start_soon(send, near, memoryview(_block)[:up])
                     nursery.start_soon(near.receive)
@@ -350,10 +351,13 @@ async def test_a_cut_at_any_byte_is_never_an_early_end(direction: str, how: str)
             assert outcomes[-1] == ("eof", "eof")
 
     async with proxies(latest, between=chopper) as (port, outbound):
+        entrance = Endpoint(IPv4Address("127.0.0.1"), port)
         for trial in range(100):
             up, down = draw.choice(((size, 0), (0, size), (size, size), (size, 1000)))
             # What goes the armed way is TLS and HTTP/2 besides the payload; the smaller half is handshake and control.
             most = draw.choice((4000, 8000, size, size * 2))
             chopper.arm(after=draw.randrange(1, most), direction=direction, how=how)
-            await one_trial(trial, port, outbound, up=up, down=down)
-    assert outcomes.count(("reset", "reset")) >= 15, outcomes
+            await one_trial(trial, outbound, up=up, down=down)
+    # By far the most of those that were cut behind the handshake. What becomes of the other direction is a race.
+    cut = [(near, far) for near, far in outcomes if "reset" in (near, far) and far != "never reached"]
+    assert len(cut) >= 15, outcomes
