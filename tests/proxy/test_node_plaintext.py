@@ -189,9 +189,9 @@ async def test_policies_see_where_it_goes(ca: LocalCA, captures: Captures) -> No
         async with plain(ca, captures, policy("shop/port", action=Action.ALLOW, rules=rules)) as it:
             async with await it.dial(f"{STOCK}:{other.port}") as near:
                 assert await ask(near) == TWICE
+            assert (await it.node.log.next()).error is None
             async with await it.dial() as near:
                 assert await read_to_end(near) == (b"", "reset")
-            await it.node.log.next()
             error = (await it.node.log.next()).error
             assert error == "connection closed due to policy rejection: allow policies exist, but none allowed"
 
