@@ -255,7 +255,7 @@ async def test_the_keep_alive_that_was_asked_for(ca: LocalCA, captures: Captures
             async with await it.near.connect(VIP, 80, way=way) as stream:
                 await it.app.accept()
                 (connection,) = it.near.context.connections.outbound
-                assert connection.plain is not None
+                await until(lambda connection=connection: connection.plain)  # the kernel was there before its task
                 for end in (connection.way.sock, connection.plain._upstream.sock):
                     assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
                     assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
