@@ -549,13 +549,7 @@ class Session:
                 self._nursery.start_soon(self._drain_unsent)
 
     def _write_unsent(self) -> None:
-        try:
-            if self._unsent:
-                with memoryview(self._unsent) as view:
-                    done = self._carrier.write(view)
-                del self._unsent[:done]
-        except SessionClosed as exc:
-            self._write_failed(exc)
+        self._write_some()
         if not self._unsent:
             self._drained()
             self._watch(WRITABLE, self._draining_unsent)
@@ -565,14 +559,20 @@ class Session:
         try:
             while self._unsent or self._carrier.needs_flush:
                 await self._carrier.wait_writable()
-                if self._unsent:
-                    with memoryview(self._unsent) as view:
-                        done = self._carrier.write(view)
-                    del self._unsent[:done]
+                self._write_some()
         except SessionClosed as exc:
             self._write_failed(exc)
         finally:
             self._drained()
+
+    def _write_some(self) -> None:
+        if self._unsent:
+            try:
+                with memoryview(self._unsent) as view:
+                    done = self._carrier.write(view)
+                del self._unsent[:done]
+            except SessionClosed as exc:
+                self._write_failed(exc)
 
     def _drained(self) -> None:
         self._draining_unsent = False

@@ -14,7 +14,7 @@ import pytest
 import trio
 from support.backends import pattern
 from support.steps import everywhere, in_one_order
-from support.whole_nodes import VIP, WAIT, application, connect, dump, fetch, mesh, node_config, read
+from support.whole_nodes import VIP, WAIT, application, connect, dump, fetch, mesh, read
 
 import hbone.proxy._node
 from hbone import HBONEClient, StreamRefused
@@ -31,18 +31,6 @@ NEVER = 3600.0
 async def _bounded():
     with trio.fail_after(WAIT):
         yield
-
-
-@pytest.fixture(scope="module")
-def ca_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ca") / "ca"
-    LocalCA.create(directory)
-    return directory
-
-
-@pytest.fixture
-def config(ca_dir):
-    return node_config(ca_dir)
 
 
 # === the beginning ===

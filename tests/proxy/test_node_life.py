@@ -16,7 +16,7 @@ import trio.testing
 from support.backends import own_loopback
 from support.meshes import policy, workload
 from support.routes import app_tunnel
-from support.whole_nodes import NAME, VIP, WAIT, application, connect, dump, end_of, fetch, mesh, node_config, read
+from support.whole_nodes import NAME, VIP, WAIT, application, connect, dump, end_of, fetch, mesh, read
 
 from hbone.certs import LocalCA, write_svid
 from hbone.errors import ConfigError, InvalidCertificate, ListenFailed, MeshConfigError
@@ -39,18 +39,6 @@ from hbone.telemetry import AccessLog, LogLevels, log_to
 async def _bounded():
     with trio.fail_after(WAIT):
         yield
-
-
-@pytest.fixture(scope="module")
-def ca_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ca") / "ca"
-    LocalCA.create(directory)
-    return directory
-
-
-@pytest.fixture
-def config(ca_dir):
-    return node_config(ca_dir)
 
 
 def denying(name="shop/no-web"):

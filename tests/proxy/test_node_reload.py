@@ -13,7 +13,6 @@ from support.whole_nodes import VIP, WAIT, application, connect, dump, end_of, f
 from support.wrong_meshes import CASES, RUNNING, over
 
 import hbone.control._file
-from hbone.certs import LocalCA
 from hbone.errors import MeshConfigError
 from hbone.proxy import Node, ProxyMode, WorkloadInfo
 
@@ -38,13 +37,6 @@ async def _bounded():
 def _no_rest(monkeypatch):
     """Files are whole when they are here: nobody writes them bit by bit."""
     monkeypatch.setattr(hbone.control._file, "_SETTLE", 0.001)
-
-
-@pytest.fixture(scope="module")
-def ca_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ca") / "ca"
-    LocalCA.create(directory)
-    return directory
 
 
 def local(port, revision="v1"):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 import trio.testing
-from support.tcp import connected_pair, receive_all
+from support.tcp import connected_pair, receive_all, receive_exactly
 
 from hbone.transport import PlainRelay, RelayResult, _ends, _splice, relay_sockets
 from hbone.transport._hub import shared_hub
@@ -81,15 +81,6 @@ async def bridge(**options: Any) -> AsyncIterator[Bridge]:
             nursery.start_soon(made.run)
             yield made
             nursery.cancel_scope.cancel()
-
-
-async def receive_exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = await stream.receive_some(size - len(data))
-        assert chunk, f"an end after {len(data)} of {size} bytes"
-        data += chunk
-    return bytes(data)
 
 
 async def expect_reset(stream: trio.SocketStream) -> None:

@@ -34,7 +34,7 @@ from support.pairs import (
     socket_pair,
 )
 from support.tcp import connected_pair as new_pair
-from support.tcp import receive_all
+from support.tcp import receive_all, receive_exactly
 
 from hbone import ErrorCode, HBONEServer, Limits, RelayResult, SessionClosed, Timeouts, TunnelReset, relay
 from hbone.transport import _ends
@@ -109,15 +109,6 @@ async def bridge(pair: Pair, *, buffer: int | None = None) -> AsyncIterator[Brid
             await trio.lowlevel.checkpoint()
             yield made
             nursery.cancel_scope.cancel()
-
-
-async def receive_exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = await stream.receive_some(size - len(data))
-        assert chunk, f"an end after {len(data)} of {size} bytes"
-        data += chunk
-    return bytes(data)
 
 
 async def expect_reset(stream: trio.SocketStream) -> None:
