@@ -229,8 +229,10 @@ def decode_header_block(block: bytes) -> list[tuple[bytes, bytes]] | None:
                     return None
                 pos += 2 if low & 0x80 else 1
                 size += (low & 0x7F) + (high << 7)
+            if len(fields) == _MAX_PLAIN_FIELDS:
+                return None
             fields.append((name, block[pos : pos + size]))
             pos += size
     except (IndexError, KeyError):
         return None
-    return fields if pos == end and len(fields) <= _MAX_PLAIN_FIELDS else None
+    return fields if pos == end else None
